@@ -1,0 +1,320 @@
+"""Endless toy pictures with questions, answers and true boxes, all drawn from a seed.
+
+A picture (long side 672 px) holds 3 to 6 big named shapes on a cluttered pastel ground. Each shape
+carries two details: a plate with a number or a word, and a coloured dot. A toy model that sees the
+whole picture at 168 px (4x smaller) can find the shape but often can not read its details; a crop of
+the shape's box at full resolution always shows them. So the questions reward looking at the right place.
+
+    python data/toy/scenes.py --seed 7 --count 300 --out toy_eval    # a set to evaluate on
+    scene = make_scene(random.Random(0)); all_questions(scene, random.Random(1))   # in training
+
+Left out: overlapping, rotated or repeated shapes, photographs, and questions that need counting or
+spatial relations. Pixels (not questions) may differ a little between Pillow versions.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+SIZES = [(672, 672), (672, 504), (504, 672), (672, 448), (448, 672), (672, 576), (576, 672)]  # width, height
+SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring", "house", "arrow")
+COLOURS = {
+    "red": (215, 25, 35), "green": (30, 160, 60), "blue": (35, 85, 225), "yellow": (255, 225, 30),
+    "orange": (255, 135, 0), "purple": (125, 40, 175), "pink": (255, 145, 205), "brown": (115, 65, 25),
+}
+WORDS = ("cat", "dog", "sun", "ivy", "jam", "key", "map", "owl", "pig", "tea", "van", "web",
+         "yak", "zip", "bus", "cup", "egg", "fox", "ink", "leg", "ski", "arm", "nut", "lid")
+KINDS = ("number", "word", "colour", "same", "exist")
+
+GAP = 14      # least space between two objects, px
+OUTLINE = 4   # width of an object's dark outline, px
+RIM = 2       # width of a dot's white rim, px
+PAD = 5       # white space between a text and the edge of its plate, px
+PLATE_Y = {"triangle": 0.66, "house": 0.62, "heart": 0.42}  # plate centre as a share of the height, else 0.5
+
+
+@dataclass
+class Thing:
+    """One object. `box` is (x0, y0, x1, y1) in source px, half-open; `font_px` and the dot's radius
+    `dot_px` are source px too: Thing("star", "red", "47", "blue", (30, 40, 150, 160), 31.0, 6.2)."""
+    shape: str
+    colour: str
+    text: str
+    dot: str
+    box: tuple
+    font_px: float
+    dot_px: float
+
+
+@dataclass
+class Scene:
+    image: Image.Image  # RGB, long side 672
+    things: list
+
+
+def log_uniform(rng, low, high):
+    """A number from low to high whose logarithm is uniform: (4, 16) falls below 8 half of the time."""
+    return low * (high / low) ** rng.random()
+
+
+@lru_cache(maxsize=None)
+def font(size):
+    return ImageFont.load_default(size)  # parsing the font is slow next to drawing with it
+
+
+def place(rng, width, height):
+    """Up to 3 to 6 square boxes of 100 to 168 px that keep GAP apart; fewer if the picture is full."""
+    boxes = []
+    wanted = rng.randint(3, 6)
+    for _ in range(80):
+        side = rng.randint(100, 168)
+        x, y = rng.randint(0, width - side), rng.randint(0, height - side)
+        new = (x, y, x + side, y + side)
+        if all(max(x - b[2], b[0] - new[2], y - b[3], b[1] - new[3]) >= GAP for b in boxes):
+            boxes.append(new)
+        if len(boxes) == wanted:
+            break
+    return boxes
+
+
+def plan(rng, width, height, font_px, dot_px):
+    """Things for a picture of this size, nothing drawn yet."""
+    things = []
+    boxes = place(rng, width, height)
+    for shape, box in zip(rng.sample(SHAPES, len(boxes)), boxes):
+        side = box[2] - box[0]
+        colour = rng.choice(list(COLOURS))
+        dot = rng.choice([c for c in COLOURS if c != colour])
+        if things and rng.random() < 0.35:  # else hardly any two dots would share a colour
+            copied = rng.choice(things).dot
+            dot = copied if copied != colour else dot
+        text = str(rng.randint(10, 99)) if rng.random() < 0.5 else rng.choice(WORDS)
+        size, radius = log_uniform(rng, *font_px), log_uniform(rng, *dot_px)
+        # Shrink the text until the shape shows around its plate and the dot fits above or below it.
+        x0, y0, x1, y1 = font(100).getbbox(text)
+        room_x, room_y = 0.74 * side - 2 * PAD, min(0.74 * side, side - dot_room(radius)) - 2 * PAD
+        size = float(int(min(size, 100 * room_x / (x1 - x0), 100 * room_y / (y1 - y0))))
+        things.append(Thing(shape, colour, text, dot, box, size, radius))
+    return things
+
+
+def dot_room(radius):
+    """Height in px that a dot takes beside the plate: rim, and 3 px of air on both sides."""
+    return 2 * (radius + RIM + 3)
+
+
+def far_pairs(things, long_side):
+    """Pairs whose centres are at least a third of the long side apart, so no one glance holds both."""
+    centre = {t.shape: ((t.box[0] + t.box[2]) / 2, (t.box[1] + t.box[3]) / 2) for t in things}
+    return [(a, b) for a, b in combinations(things, 2)
+            if math.dist(centre[a.shape], centre[b.shape]) >= long_side / 3]
+
+
+def serves(things, kind, long_side):
+    """Can these things pose a question of this kind, a yes/no one with either answer?"""
+    if kind == "same":  # both answers at hand, so that the picture itself does not give the answer away
+        return {a.dot == b.dot for a, b in far_pairs(things, long_side)} == {True, False}
+    if kind in ("number", "word"):
+        return any(t.text.isdigit() == (kind == "number") for t in things)
+    return True
+
+
+def wheel(count, radius=lambda k: 1):
+    """Points around a centre, the first on top: wheel(4) is a diamond."""
+    return [(radius(k) * math.sin(2 * math.pi * k / count), -radius(k) * math.cos(2 * math.pi * k / count))
+            for k in range(count)]
+
+
+def unit(points):
+    """The same outline stretched to the unit square, so that a thing's box fits it tightly."""
+    xs, ys = zip(*points)
+    return [((x - min(xs)) / (max(xs) - min(xs)), (y - min(ys)) / (max(ys) - min(ys))) for x, y in points]
+
+
+OUTLINES = {name: unit(points) for name, points in {
+    "circle": wheel(48),
+    "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
+    "triangle": [(1, 0), (2, 2), (0, 2)],
+    "star": wheel(10, lambda k: 0.45 if k % 2 else 1),
+    "heart": [(16 * math.sin(t) ** 3, 5 * math.cos(2 * t) + 2 * math.cos(3 * t) + math.cos(4 * t) - 13 * math.cos(t))
+              for t in (2 * math.pi * k / 40 for k in range(40))],
+    "cross": [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)],
+    "diamond": wheel(4),
+    "house": [(5, 0), (10, 4.5), (8.5, 4.5), (8.5, 10), (1.5, 10), (1.5, 4.5), (0, 4.5)],
+    "arrow": [(0, 3), (5, 3), (5, 0), (10, 5), (5, 10), (5, 7), (0, 7)],
+}.items()}
+
+
+def tint(rng, low, high):
+    return tuple(rng.randint(low, high) for _ in range(3))
+
+
+def draw_ground(rng, size):
+    """A pastel picture, flat or with a gentle gradient, under thin lines and small confetti."""
+    first, second = tint(rng, 205, 250), tint(rng, 205, 250)
+    corners = Image.new("RGB", (2, 2), first)
+    for corner in rng.choice([[], [(0, 1), (1, 1)], [(1, 0), (1, 1)], [(1, 1)]]):
+        corners.putpixel(corner, second)
+    image = corners.resize(size, Image.Resampling.BILINEAR)
+    draw = ImageDraw.Draw(image)
+    for _ in range(rng.randint(10, 25)):
+        ends = [rng.randrange(size[k % 2]) for k in range(4)]
+        draw.line(ends, fill=tint(rng, 120, 235), width=rng.randint(1, 3))
+    for _ in range(rng.randint(10, 25)):
+        x, y, w, h = rng.randrange(size[0]), rng.randrange(size[1]), rng.randint(5, 20), rng.randint(5, 20)
+        stamp = rng.choice([draw.ellipse, draw.rectangle])
+        stamp((x, y, x + w, y + h), fill=tint(rng, 120, 235))
+    return image
+
+
+def draw_body(draw, thing):
+    """The thing's filled shape with a darker outline, exactly filling its box."""
+    x0, y0, x1, y1 = thing.box
+    side, fill = x1 - x0, COLOURS[thing.colour]
+    dark = tuple(int(0.5 * c) for c in fill)
+    if thing.shape == "ring":  # the only shape with a hole: two nested bands
+        band = round(0.2 * side)
+        draw.ellipse((x0, y0, x1 - 1, y1 - 1), outline=dark, width=band)
+        draw.ellipse((x0 + OUTLINE, y0 + OUTLINE, x1 - 1 - OUTLINE, y1 - 1 - OUTLINE),
+                     outline=fill, width=band - 2 * OUTLINE)
+        return
+    half = OUTLINE / 2  # the outline straddles the path: keep its outer half inside the box
+    span = side - 1 - OUTLINE
+    path = [(x0 + half + u * span, y0 + half + v * span) for u, v in OUTLINES[thing.shape]]
+    draw.polygon(path, fill=fill)
+    draw.line(path + path[:2], fill=dark, width=OUTLINE, joint="curve")  # path[:2] rounds the last corner too
+
+
+def draw_details(draw, thing, rng):
+    """The text plate near the centre, the dot above or below it; both inside the box, never overlapping."""
+    x0, y0, x1, y1 = thing.box
+    side, radius = x1 - x0, thing.dot_px
+    left, top, right, bottom = font(thing.font_px).getbbox(thing.text)
+    width, height = right - left + 2 * PAD, bottom - top + 2 * PAD
+    cx, room = (x0 + x1) / 2, dot_room(radius)
+    below = rng.random() < 0.5
+    plate_y = y0 + PLATE_Y.get(thing.shape, 0.5) * side - height / 2  # top edge; moved only to make room for the dot
+    plate_y = min(plate_y, y1 - room - height) if below else max(plate_y, y0 + room)
+    draw.rounded_rectangle((cx - width / 2, plate_y, cx + width / 2, plate_y + height), radius=6, fill="white")
+    draw.text((cx - width / 2 + PAD - left, plate_y + PAD - top), thing.text, fill="black", font=font(thing.font_px))
+
+    spare = (y1 - plate_y - height if below else plate_y - y0) - room
+    away = room / 2 + 0.5 * rng.random() * spare  # from the plate's edge to the dot's centre
+    dot_x = cx + rng.uniform(-0.15, 0.15) * side
+    dot_y = plate_y + height + away if below else plate_y - away
+    for r, colour in ((radius + RIM, "white"), (radius, COLOURS[thing.dot])):
+        draw.ellipse((dot_x - r, dot_y - r, dot_x + r, dot_y + r), fill=colour)
+
+
+def make_scene(rng, font_px=(20, 56), dot_px=(4, 14), kind=None):
+    """A fresh Scene; with `kind`, one that can pose that kind of question (a yes/no kind: either answer).
+    Sizes are ranges in source px: make_scene(random.Random(0), font_px=(40, 56)) has large texts only."""
+    while True:
+        size = rng.choice(SIZES)
+        things = plan(rng, *size, font_px, dot_px)
+        if len(things) >= 3 and serves(things, kind, max(size)):
+            break
+    image = draw_ground(rng, size)
+    draw = ImageDraw.Draw(image)
+    for thing in things:
+        draw_body(draw, thing)
+        draw_details(draw, thing, rng)
+    return Scene(image, things)
+
+
+def candidates(scene, kind):
+    """Every question of one kind that the scene can pose, in a fixed order."""
+    things = scene.things
+    if kind in ("number", "word"):
+        found = [(f"What {kind} is on the {t.shape}?", t.text, [t])
+                 for t in things if t.text.isdigit() == (kind == "number")]
+    elif kind == "colour":
+        found = [(f"What colour is the dot on the {t.shape}?", t.dot, [t]) for t in things]
+    elif kind == "same":
+        found = [(f"Do the {a.shape} and the {b.shape} have dots of the same colour?",
+                  "yes" if a.dot == b.dot else "no", [a, b]) for a, b in far_pairs(things, max(scene.image.size))]
+    elif kind == "exist":
+        seen = {t.shape: [t] for t in things}
+        found = [(f"Is there {'an' if s[0] in 'aeiou' else 'a'} {s} in the picture?",
+                  "yes" if s in seen else "no", seen.get(s, [])) for s in SHAPES]
+    else:
+        raise ValueError(f"unknown kind {kind!r}, expected one of {', '.join(KINDS)}")
+    return [{"question": question, "answers": [answer], "boxes": [list(t.box) for t in named], "kind": kind}
+            for question, answer, named in found]
+
+
+def ask(scene, rng, kind):
+    """One question of this kind, or None if the scene can not pose any:
+    {"question": "What word is on the star?", "answers": ["cat"], "boxes": [[30, 40, 150, 160]], "kind": "word"}.
+    Yes and no are equally likely wherever the scene allows both. `boxes` are source px, [] for an absent shape."""
+    found = candidates(scene, kind)
+    if kind in ("same", "exist"):
+        wanted = rng.choice(["yes", "no"])
+        found = [q for q in found if q["answers"] == [wanted]] or found
+    return rng.choice(found) if found else None
+
+
+def all_questions(scene, rng):
+    """All questions of the scene in random order, each at most once. Of the yes/no kinds, as many with
+    yes as with no: the more frequent answer is thinned out, or a model could score by always saying it."""
+    chosen = []
+    for kind in KINDS:
+        found = candidates(scene, kind)
+        if kind in ("same", "exist"):
+            sides = [[q for q in found if q["answers"] == [answer]] for answer in ("yes", "no")]
+            fewest = min(map(len, sides))
+            found = [q for side in sides for q in rng.sample(side, fewest)]
+        chosen += found
+    rng.shuffle(chosen)
+    return chosen
+
+
+def make_questions(seed, count, kinds=KINDS, **sizes):
+    """Yield `count` pairs (Scene, question), one question for each fresh scene, the kinds taking turns.
+    Pair i depends on (seed, i) only: the first 10 of count=300 are those of count=10."""
+    for i in range(count):
+        rng = random.Random(f"{seed}/{i}")
+        kind = kinds[i % len(kinds)]
+        scene = make_scene(rng, kind=kind, **sizes)
+        yield scene, ask(scene, rng, kind)
+
+
+def fail(message):
+    print(f"scenes.py: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write toy pictures and a questions.jsonl with true boxes.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--seed", type=int, default=7, help="same seed, same questions")
+    parser.add_argument("--count", type=int, default=300, help="how many pictures, one question each")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR",
+                        help="folder for images/ and questions.jsonl; made if missing, files in it are replaced")
+    parser.error = fail  # one line instead of the usage text
+    args = parser.parse_args()
+    if args.count < 1:
+        fail(f"--count must be at least 1, got {args.count}")
+    try:
+        (args.out / "images").mkdir(parents=True, exist_ok=True)
+        with open(args.out / "questions.jsonl", "w", encoding="utf-8") as file:
+            for i, (scene, question) in enumerate(make_questions(args.seed, args.count)):
+                image = f"images/{i:05d}.png"
+                scene.image.save(args.out / image)
+                file.write(json.dumps({"id": f"{args.seed}/{i}", "image": image, **question}) + "\n")
+    except OSError as error:
+        fail(f"can not write to {args.out}: {error.strerror or error}")
+    print(f"wrote {args.count} pictures and questions to {args.out}; "
+          f"try: python infer.py --eval {args.out}/questions.jsonl")
+
+
+if __name__ == "__main__":
+    main()

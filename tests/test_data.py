@@ -1,0 +1,406 @@
+"""Scores and question files: golden values of the common harness, and miniatures of every original file.
+
+    python -m pytest tests/test_data.py      # 2 seconds, no network, no model
+"""
+
+import base64
+import csv
+import doctest
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data.benchmarks as benchmarks  # noqa: E402
+import data.llava_mix as llava_mix  # noqa: E402
+import data.metrics as metrics  # noqa: E402
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+
+@pytest.mark.parametrize("module", [metrics, llava_mix])
+def test_examples_in_docstrings(module):
+    result = doctest.testmod(module)
+    assert result.attempted >= 2 and not result.failed
+
+
+# ---- metrics -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, same_as", [
+    ("The Coca-Cola", "coca cola"), ("12,345", "12345"), ("U.S.A.", "usa"), ("3.", "3"), ("3.5", "3.5"),
+    ("$5.00", "$5.00"), ("Jack Daniel's", "jack daniel 's"), ("none", "0"), ("a b-c", "b c"), ("dont", "don't"),
+    ("-5", "5"), ("7-up", "7 up"), ("Route 66.", "route 66"), ("50%", "50%"), ("10:30 am", "10:30 am"), ("A", ""),
+    ("Ten\tred\ncars!", "10 red cars"), ("its", "its"), ("shes", "shes"), ("somebody'd", "somebodyd"),
+    ("couldnt've", "couldn't've"), ("couldn'tve", "couldn't've"), ("couldntve", "couldntve"), ("yall'll", "y'all'll"),
+    ("." * 40 + "x", "." * 8 + "x")])   # at most 32 full stops go
+def test_vqa_normaliser(text, same_as):
+    assert metrics.normalise(text) == same_as
+
+
+def test_contractions_are_the_known_number():
+    one = [word for word in metrics.CONTRACTIONS.values() if word.count("'") == 1]
+    assert len(one) == 73   # 75 in the harness, of which I'm and I've can never match
+
+
+@pytest.mark.parametrize("matching, want", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
+def test_vqa_accuracy_leaves_one_out(matching, want):
+    assert metrics.vqa_accuracy("Dogs.", ["dogs"] * matching + ["cat"] * (10 - matching)) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("prediction, answers, want", [
+    ("hello", ["Hello"], 1), (" Hello\n", ["hello"], 1), ("ab", ["abcd"], 0.5), ("abc", ["abcdefg"], 0),
+    ("helo", ["world", "hello"], 0.8), ("", [""], 1), ("", ["a"], 0), ("a  b", ["a b"], 1),
+    ("a b", ["a  c"], 0.75)])   # one edit in "a c", over the 4 letters of the raw "a  c"
+def test_anls(prediction, answers, want):
+    assert metrics.anls(prediction, answers) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("prediction, answer, want", [
+    ("10.4", "10", 1), ("10.6", "10", 0), ("10.5", "10", 1), ("0.0", "0", 0), ("0", "0", 1), ("1,000", "1000", 0),
+    ("Yes.", "Yes", 0), ("YES", "Yes", 1), (" Yes", "Yes", 0), ("10%", "0.1", 1), ("10", "10%", 0), ("2014", "2000", 1),
+    ("-10", "-10.2", 1), ("ten", "10", 0)])
+def test_relaxed_accuracy(prediction, answer, want):
+    assert metrics.relaxed_accuracy(prediction, answer) == want
+
+
+@pytest.mark.parametrize("prediction, answers, dataset, want", [
+    ("The word is centre.", ["CENTRE"], "IIIT5K", 1), ("CENTER", ["CENTRE"], "IIIT5K", 0),
+    ("two\nlines", ["Two Lines"], "IAM", 1), ("two lines", ["Two\nLines"], "IAM", 1), ("t wo", ["two"], "IAM", 0),
+    ("so 4", ["5", "4"], "IAM", 1), ("x ^ 2\n+ 1", ["x^2 + 1"], "HME100k", 1), ("A + B", ["a+b"], "HME100k", 1),
+    ("A + B", ["A+B"], "HME100k", 0)])
+def test_ocrbench(prediction, answers, dataset, want):
+    assert metrics.ocrbench(prediction, answers, dataset) == want
+
+
+@pytest.mark.parametrize("reply, letter", [
+    ("C", "C"), (" b", "B"), ("Cotton", "C"), ("Blue", "B"), ("Answer: D", "A"), ("and B", "A"), ("(D) red", "D"),
+    ("The answer is D", "D"), ("The answer is blue", "B"), ("Option: C", "C"), ("It is (b), not C", "B"),
+    ("I pick B]", "B"), ("It is C", "C"), ("Not b. but (c)", "C"), ("I see C and a cat", "C"), ("It was blue", None),
+    ("kevlar", "A"), ("it is so", None), ("", None)])
+def test_choice_letter(reply, letter):
+    assert metrics.choice_letter(reply) == letter
+
+
+@pytest.mark.parametrize("reply, letter", [
+    ("A", "A"), ("(B)", "B"), ("A dog", "A"), ("a", None), ("Blue", "B"), ("light blue", None), ("A B", None),
+    ("A or B: red", "A"), ("Z", "Z"), ("Cannot determine the answer.", "Z"), ("green", None), ("", None)])
+def test_hr_letter(reply, letter):
+    assert metrics.hr_letter(reply, {"A": "red", "B": "blue", "C": "light blue"}) == letter
+
+
+@pytest.mark.parametrize("question, prediction, want", [
+    ({"answers": ["Red"]}, " red\n", 1), ({"answers": "red"}, "r", 0),
+    ({"metric": "vqa", "answers": ["two"] * 10}, "2", 1), ({"metric": "anls", "answers": ["abcd"]}, "ab", 0.5),
+    ({"metric": "relaxed", "answers": ["5", "10"]}, "10.4", 1),
+    ({"metric": "ocrbench", "answers": ["B"], "dataset": "HME100k"}, "B", 0),
+    ({"metric": "ocrbench", "answers": ["B"], "dataset": "IAM"}, "b", 1),
+    ({"metric": "letter", "answers": ["C"]}, "Cotton", 1),
+    ({"metric": "hr", "answers": ["A"], "options": {"A": "red", "B": "blue"}}, "it is red", 1),
+    ({"metric": "hr", "answers": ["A"], "options": {"A": "red", "B": "blue"}}, "neither", 0),
+    ({"metric": "pope", "answers": ["yes"]}, "Yes", 1), ({"metric": "pope", "answers": ["yes"]}, "Yes.", 0)])
+def test_score_finds_the_metric(question, prediction, want):
+    assert metrics.score(question, prediction) == want
+
+
+@pytest.mark.parametrize("question", [{"metric": "bleu", "answers": ["a"]}, {"metric": "vqa"}, {"answers": []}])
+def test_score_refuses(question):
+    with pytest.raises(ValueError):
+        metrics.score(question, "a")
+
+
+def test_pope_counts_only_yes_and_no():
+    pairs = [("yes", "yes")] * 3 + [("Yes ", "no")] + [("no", "yes")] * 2 + [("yes.", "yes"), ("no", "no")]
+    assert metrics.pope_f1(pairs) == pytest.approx(2 * (3 / 4) * (3 / 5) / (3 / 4 + 3 / 5))
+    rows = [dict(prediction=reply, answers=[answer], kind="random", score=metrics.exact(reply, [answer]))
+            for reply, answer in pairs]
+    assert metrics.summarise("pope", rows) == pytest.approx({"score": 2 / 3, "accuracy": 0.5, "questions": 8})
+
+
+def test_hr_is_a_mean_over_rotations():
+    rows = [dict(kind=kind, cycle=cycle, score=score) for kind, cycle, score in (
+        ("single", "0", 1), ("single", "0", 1), ("single", "1", 0), ("cross", "0", 0), ("cross", "1", 1))]
+    assert metrics.hr_summary(rows) == pytest.approx({"FSP": 1 / 2, "FCP": 1 / 2, "average": (2 / 3 + 1 / 2) / 2})
+    assert metrics.summarise("hr", rows)["score"] == pytest.approx(7 / 12)
+
+
+def test_no_rows_is_no_crash():
+    assert [metrics.summarise(metric, [])["score"] for metric in ("vqa", "pope", "hr")] == [0, 0, 0]
+
+
+# ---- benchmarks --------------------------------------------------------------------------------------------------
+
+def save(path, content):
+    """Write text, bytes, or anything else as JSON; make its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = content if isinstance(content, (str, bytes)) else json.dumps(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def png(shade=0):
+    file = io.BytesIO()
+    Image.new("L", (4, 3), shade).save(file, "png")
+    return file.getvalue()
+
+
+def convert(tmp_path, name, *files, images=None):
+    """Run the command; -> (root named by the first line, questions)."""
+    out = tmp_path / "out" / f"{name}.jsonl"
+    benchmarks.main([name, *map(str, files), "--out", str(out)] + (["--images", str(images)] if images else []))
+    first, *questions = map(json.loads, out.read_text().splitlines())
+    assert all((Path(first["images"]) / question["image"]).is_file() for question in questions)
+    assert not [path for path in out.parent.iterdir() if path.name.startswith(".")]   # no leftovers
+    return Path(first["images"]), questions
+
+
+def error_of(capsys, command):
+    """Run a command that must refuse; -> its one line on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        command()
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1
+    return message
+
+
+TEXTVQA = {"image_id": "003a", "question_id": 34602, "question": "What does the NASA sign say?", "set_name": "val",
+           "answers": ["nokia"] * 10, "question_tokens": [], "image_width": 4, "image_height": 3, "image_classes": []}
+
+
+@pytest.mark.parametrize("images, relative", [("train_images", "003a.jpg"), (".", "train_images/003a.jpg")])
+def test_textvqa(tmp_path, capsys, images, relative):
+    file = save(tmp_path / "val.json", {"dataset_type": "val", "data": [TEXTVQA, TEXTVQA | {"image_id": "gone"}]})
+    save(tmp_path / "train_images/003a.jpg", png())
+    root, questions = convert(tmp_path, "textvqa", file, images=tmp_path / images)
+    assert root == tmp_path / images and root.is_absolute()
+    assert questions == [dict(id="34602", image=relative, question="What does the nasa sign say?" + SHORT,
+                              answers=["nokia"] * 10, metric="vqa", max_new_tokens=1024, tau=0.15)]
+    said = capsys.readouterr()
+    assert "infer.py --eval" in said.out and "train_images/gone.jpg" in said.err and "5000" in said.err
+
+
+def test_docvqa_and_infovqa(tmp_path):
+    shared = {"questionId": 337, "question": "What is the Date?", "answers": ["1/8/93", "1993"], "data_split": "val"}
+    doc = save(tmp_path / "val_v1.0_withQT.json", b"\xef\xbb\xbf" + json.dumps(   # a byte-order mark in front
+        {"dataset_name": "SP-DocVQA", "data": [shared | {"image": "documents/rnbx0223_193.png", "docId": 1}]}).encode())
+    save(tmp_path / "documents/rnbx0223_193.png", png())
+    info = save(tmp_path / "info.json", {"data": [shared | {"image_local_name": "20471.jpeg", "image_url": "x"}]})
+    save(tmp_path / "infographicsvqa_images/20471.jpeg", png())
+    want = dict(id="337", question="What is the Date?" + SHORT, answers=["1/8/93", "1993"], metric="anls",
+                max_new_tokens=32)
+    assert convert(tmp_path, "docvqa", doc)[1] == [want | dict(image="documents/rnbx0223_193.png", tau=0.10)]
+    assert convert(tmp_path, "infovqa", info)[1] == [want | dict(image="infographicsvqa_images/20471.jpeg", tau=0.15)]
+
+
+def test_chartqa_takes_both_files(tmp_path):
+    row = {"imgname": "41699051005347.png", "query": "How many bars?", "label": "14"}
+    files = [save(tmp_path / f"test_{kind}.json", [row]) for kind in ("human", "augmented")]
+    save(tmp_path / "png/41699051005347.png", png())
+    _, questions = convert(tmp_path, "chartqa", *files)
+    assert [q["id"] for q in questions] == ["human-0", "augmented-0"]
+    assert [q["kind"] for q in questions] == ["human", "augmented"]
+    assert questions[0] | {"id": 0, "kind": 0} == dict(
+        id=0, kind=0, image="png/41699051005347.png", answers=["14"], metric="relaxed", max_new_tokens=16, tau=0.15,
+        question="How many bars?\nAnswer the question with a single word.")
+
+
+def test_ocrbench_questions(tmp_path):
+    rows = [{"dataset_name": "IIIT5K", "id": 2843, "image_path": "IIIT5K/test/918_1.png", "answers": "CENTRE",
+             "question": " what is written in the image? ", "type": "Regular Text Recognition"},
+            {"dataset_name": "HME100k", "id": 1, "image_path": "HME100k/1.jpg", "answers": ["x^2", 4],
+             "question": "Formula?", "type": "Handwritten Mathematical Expression Recognition"}]
+    for row in rows:
+        save(tmp_path / "OCRBench_Images" / row["image_path"], png())
+    file = save(tmp_path / "OCRBench.json", rows)
+    _, questions = convert(tmp_path, "ocrbench", file, images=tmp_path / "OCRBench_Images")
+    assert questions[0] == dict(
+        id="0", kind="Regular Text Recognition", dataset="IIIT5K", image="IIIT5K/test/918_1.png", answers=["CENTRE"],
+        question="what is written in the image?", metric="ocrbench", max_new_tokens=128, tau=0.05)
+    assert questions[1]["answers"] == ["x^2", "4"] and questions[1]["dataset"] == "HME100k"
+
+
+def test_vstar_repeats_the_instruction_and_finds_boxes(tmp_path):
+    rows = [{"question_id": 0, "image": "direct_attributes/sa_4690.jpg", "category": "direct_attributes", "label": "A",
+             "text": "What is the material of the glove?\n(A) rubber\n(B) cotton\n(C) kevlar\n(D) leather" + LETTER},
+            {"question_id": 1, "image": "relative_position/sa_1.jpg", "category": "relative_position", "label": "B",
+             "text": "Is the dog left or right of the car?\n(A) right\n(B) left" + LETTER}]
+    file = save(tmp_path / "test_questions.jsonl", "\r\n".join(map(json.dumps, rows)) + "\r\n\r\n")
+    for row in rows:
+        save(tmp_path / row["image"], png())
+    save(tmp_path / "direct_attributes/sa_4690.json", {"target_object": ["glove"], "bbox": [[1682, 1175, 28, 31]]})
+    _, questions = convert(tmp_path, "vstar", file)
+    assert questions[0] == dict(
+        id="0", kind="direct_attributes", image="direct_attributes/sa_4690.jpg", answers=["A"],
+        boxes=[[1682, 1175, 1710, 1206]],
+        question="What is the material of the glove?\nA. rubber\nB. cotton\nC. kevlar\nD. leather" + 2 * LETTER,
+        metric="letter", max_new_tokens=16, tau=0.10)
+    assert questions[1]["question"] == "Is the dog left or right of the car?\nA. right\nB. left" + 2 * LETTER
+    assert "boxes" not in questions[1]
+
+
+def test_pope_pools_three_files(tmp_path):
+    row = {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "label": "yes",
+           "text": "Is there a snowboard\u2028?"}   # a line separator, but not to JSON
+    files = [save(tmp_path / f"coco_pope_{kind}.json", json.dumps(row, ensure_ascii=False) + "\n")
+             for kind in ("random", "popular", "adversarial")]
+    save(tmp_path / "val2014" / row["image"], png())
+    _, questions = convert(tmp_path, "pope", *files, images=tmp_path / "val2014")
+    assert [question["id"] for question in questions] == ["random-1", "popular-1", "adversarial-1"]
+    assert questions[2] == dict(
+        id="adversarial-1", kind="adversarial", image=row["image"], answers=["yes"], metric="pope", max_new_tokens=128,
+        question="Is there a snowboard\u2028?" + SHORT, tau=0.15)
+
+
+def hr_file(path, **change):
+    row = dict(index=0, question="What colour? ", answer="B", category="single", A="red", B='"dark"\tblue', C="green",
+               D="", cycle_category="0", image=base64.b64encode(png()).decode()) | change
+    rows = [row, row | dict(index=1, category="cross", answer="A", cycle_category="1"),
+            row | dict(index=2, image=base64.b64encode(png(9)).decode())]
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, row, delimiter="\t")
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+def test_hrbench_unpacks_each_picture_once(tmp_path):
+    root, questions = convert(tmp_path, "hrbench4k", hr_file(tmp_path / "hr_bench_4k.tsv"))
+    assert root == tmp_path / "out/hrbench4k_images" and len(list(root.iterdir())) == 2
+    assert questions[0]["image"] == questions[1]["image"] != questions[2]["image"]
+    assert (root / questions[0]["image"]).read_bytes() == png()
+    assert [(question["kind"], question["cycle"], question["answers"]) for question in questions] == [
+        ("single", "0", ["B"]), ("cross", "1", ["A"]), ("single", "0", ["B"])]
+    assert questions[0] | {"image": 0, "cycle": 0} == dict(
+        id="0", kind="single", cycle=0, image=0, answers=["B"], options={"A": "red", "B": '"dark"\tblue', "C": "green"},
+        question='What colour?\nA. red\nB. "dark"\tblue\nC. green\nAnswer the option letter directly.',
+        metric="hr", max_new_tokens=1024, tau=0.10)
+
+
+@pytest.mark.parametrize("content, problem", [
+    ("[{\"image_id\": ", "near question 1"), (b"PAR1\xff\xfe\x00", "utf-8"), ([1, 2], "near question 1"),
+    ({"a": 1}, "no list"), ([], "no question"), ([{"image_id": 1}], "no field 'question_id'"),
+    ([TEXTVQA | {"question": 5}], "near question 1"), ([TEXTVQA | {"answers": []}], "no answer"),
+    ([TEXTVQA], "none of the 1 pictures")])
+def test_bad_files_leave_nothing(tmp_path, capsys, content, problem):
+    file, out = save(tmp_path / "val.json", content), tmp_path / "out/q.jsonl"
+    save(out, "what was here before")
+    message = error_of(capsys, lambda: benchmarks.main(["textvqa", str(file), "--out", str(out)]))
+    assert problem in message and ("TextVQA_0.5.1_val.json" in message or "--images" in message)
+    assert out.read_text() == "what was here before" and list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("image, problem", [("AAAA", "not a picture"), ("A", "not a picture")])
+def test_bad_pictures_in_hrbench(tmp_path, capsys, image, problem):
+    file, out = hr_file(tmp_path / "hr.tsv", image=image), tmp_path / "out/hr.jsonl"
+    assert problem in error_of(capsys, lambda: benchmarks.main(["hrbench8k", str(file), "--out", str(out)]))
+    assert not list(out.parent.iterdir())
+
+
+@pytest.mark.parametrize("arguments, problem", [
+    (["mmlu", "a.json"], "mmlu"), (["pope", "gone.json"], "gone.json: no such file"), (["pope"], "FILE"),
+    (["pope", "{file}", "--images", "nowhere"], "nowhere: no such folder"),
+    (["pope", "{file}", "--out", "{file}"], "overwritten"), (["hrbench4k", "{file}", "--images", "."], "--images"),
+    (["pope", "{file}", "--out", "{file}/q.jsonl"], "check the path")])
+def test_bad_commands(tmp_path, capsys, arguments, problem):
+    file = save(tmp_path / "there.json", "{}")
+    arguments = [argument.format(file=file) for argument in arguments]
+    assert problem in error_of(capsys, lambda: benchmarks.main(arguments)) and file.read_text() == "{}"
+
+
+# ---- llava_mix ---------------------------------------------------------------------------------------------------
+
+def talk(*turns):
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
+
+
+MIX = [
+    {"id": 1, "image": "coco/train2017/gqa.jpg", "conversations": talk("<image>\nWhat?", "It.")},
+    {"id": 2327515, "image": "gqa/images/1.jpg", "conversations": talk(
+        f"<image>\nAre there scarves?{SHORT}", "Yes", "What is left of the man?", "car")},
+    {"id": "140031996X", "image": "ocr_vqa/images/2.jpg", "model": "x",
+     "conversations": talk(f"Who?{SHORT}\n<image>", "Ann")},
+    {"id": "t", "conversations": talk("Tell me about gqa.", "No.")},                                  # text only
+    {"id": "v", "image": "textvqa/train_images/3.jpg", "conversations": talk("<image>\nWhat?", "It.")},
+    {"id": 5, "image": "gqa/images/1.jpg", "conversations": talk("<image>\nSame image?", "Same")},   # stays, too
+    {"id": 6, "image": "gqa/images/gone.jpg", "conversations": talk("<image>\nWhat?", "It.")},
+    {"id": 7, "image": "gqa/images/empty.jpg", "conversations": talk("<image>\nWhat?", "It.")},
+    {"id": 8, "image": "ocr_vqa/images/1437717772.jpg", "conversations": talk("<image>\nWhat?", "It.")},    # broken
+    {"id": 9, "image": "ocr_vqa/images/51WYdiyqywL.jpg", "conversations": talk("<image>\nRepaired?", "")},
+    {"id": 10, "image": "gqa/images/1.jpg", "conversations": talk("<image>\nUnanswered?")},      # from here malformed
+    {"id": 11, "image": "gqa/images/1.jpg", "conversations": talk("<image>\n", "Nothing asked")},
+    {"id": 12, "image": "gqa/images/1.jpg"},
+    {"id": 13, "image": ["gqa/images/1.jpg"], "conversations": talk("<image>\nWhat?", "It.")},
+    {"id": 14, "image": "gqa/images/1.jpg", "conversations": talk("a", "b")[::-1]},
+    "not a record",
+]
+
+
+@pytest.fixture
+def mix(tmp_path):
+    """-> run(*arguments, records=MIX): questions. The folder's own name holds "gqa", which must not matter."""
+    root = tmp_path / "my_gqa_data"
+    for name in ("coco/train2017/gqa.jpg", "textvqa/train_images/3.jpg", "gqa/images/1.jpg", "ocr_vqa/images/2.jpg",
+                 "ocr_vqa/images/51WYdiyqywL.jpg"):
+        save(root / name, png())
+    save(root / "gqa/images/empty.jpg", b"")
+    save(root / "ocr_vqa/images/1437717772.jpg", png()[:40])
+
+    def run(*arguments, records=MIX):
+        out = tmp_path / "mix.jsonl"
+        text = "\ufeff" + json.dumps(records, indent=1).replace("\n", "\r\n")   # as a Windows editor would save it
+        llava_mix.main([str(save(tmp_path / "mix.json", text)), "--images", str(root), "--out", str(out), *arguments])
+        assert not list(tmp_path.glob("*.part"))
+        first, *questions = map(json.loads, out.read_text().splitlines())
+        assert first == {"images": str(root)}
+        return questions
+    return run
+
+
+def test_llava_mix_takes_first_questions(mix, capsys):
+    assert mix() == [
+        dict(id="1", kind="gqa", image="gqa/images/1.jpg", question="Are there scarves?" + SHORT, answers=["Yes"]),
+        dict(id="2", kind="ocr_vqa", image="ocr_vqa/images/2.jpg", question="Who?" + SHORT, answers=["Ann"]),
+        dict(id="5", kind="gqa", image="gqa/images/1.jpg", question="Same image?", answers=["Same"]),
+        dict(id="9", kind="ocr_vqa", image="ocr_vqa/images/51WYdiyqywL.jpg", question="Repaired?", answers=[""])]
+    said = capsys.readouterr()
+    lines = [" ".join(line.split()) for line in said.out.splitlines()]
+    assert lines[0].startswith("gqa 2 kept") and lines[0].endswith("2 without a usable picture")
+    assert lines[1].startswith("ocr_vqa 2 kept") and lines[1].endswith("1 without a usable picture")
+    assert lines[2] == "left out 2 other sources, 1 text only, 6 malformed"
+    assert "gone.jpg" in said.err and "1437717772.jpg: known" in said.err and "record 10" in said.err
+
+
+def test_what_can_not_be_written_leaves_nothing(mix, tmp_path, capsys):
+    taken = save(tmp_path / "taken/by a folder/x", "").parent
+    pope = save(tmp_path / "coco_pope_random.json", {"question_id": 1, "image": "1.jpg", "text": "?", "label": "no"})
+    save(tmp_path / "val2014/1.jpg", png())
+    for command in (lambda: mix("--out", str(taken)),
+                    lambda: benchmarks.main(["pope", str(pope), "--out", str(taken)])):
+        assert "by a folder" in error_of(capsys, command)
+        assert list(taken.parent.iterdir()) == [taken]
+
+
+def test_llava_mix_keeps_conversations(mix):
+    first = mix("--all-turns")[0]
+    assert first["question"] == ["Are there scarves?" + SHORT, "What is left of the man?"]
+    assert first["answers"] == ["Yes", "car"]
+
+
+@pytest.mark.parametrize("records, problem", [
+    ({"data": []}, "no list"), ([], "no GQA or OCR-VQA"), (MIX[:1], "no GQA or OCR-VQA"), (MIX[6:7], "gone.jpg")])
+def test_llava_mix_refuses_useless_files(mix, capsys, tmp_path, records, problem):
+    assert problem in error_of(capsys, lambda: mix(records=records))
+    assert not (tmp_path / "mix.jsonl").exists()
+
+
+@pytest.mark.parametrize("arguments, problem", [
+    (["gone.json", "--images", "."], "gone.json"), (["{file}", "--images", "."], "not JSON"), (["{file}"], "--images"),
+    (["{file}", "--images", "nowhere"], "nowhere"), (["{file}", "--images", ".", "--out", "{file}"], "overwritten")])
+def test_llava_mix_bad_commands(capsys, tmp_path, arguments, problem):
+    file = save(tmp_path / "cut.json", '[{"id": 1, ')
+    assert problem in error_of(capsys, lambda: llava_mix.main([argument.format(file=file) for argument in arguments]))
+    assert file.read_text() == '[{"id": 1, '
