@@ -9,7 +9,9 @@ Left out: the text tower, the contrastive loss, and every size that is not squar
 Shapes: b batch, S image side, g = S / patch, N = g*g patches, C width, H heads, d = C / H.
 """
 import os
-import struct
+import re
+import sys
+import warnings
 
 import numpy as np
 import torch
@@ -17,13 +19,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 5):  # enable_gqa of the attention kernel, torch.OutOfMemoryError
+    sys.exit(print(f"torch {torch.__version__}: too old, 2.5 is needed; pip install --upgrade torch", file=sys.stderr) or 2)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PAD_COLOUR = tuple(int(255 * m) for m in MEAN)  # (122, 116, 104), what LLaVA pads with
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-MAX_PIXELS = 200_000_000
+MAX_PIXELS, MAX_SIDE = 200_000_000, 20_000  # LLaVA pads to a square: a long strip costs its long side twice
 VIT_L_14_336 = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                     image_size=336, patch_size=14, layer_norm_eps=1e-5, hidden_act="quick_gelu", num_channels=3)
-Image.MAX_IMAGE_PIXELS = None  # our own limit below is checked before any pixel is decoded
+Image.MAX_IMAGE_PIXELS = None  # our own limits are checked before any pixel is decoded
+warnings.filterwarnings("ignore", module="PIL")  # a file that Pillow only grumbles about is readable
 
 
 class BadInput(Exception):
@@ -35,21 +40,21 @@ class BadInput(Exception):
 def load_image(path):
     """Open a picture as RGB with its EXIF rotation applied; the first frame of an animation.
 
-    Raises BadInput if it is missing, not one of FORMATS, damaged, or above 200 megapixels (before decoding).
+    Raises BadInput if it is missing, not one of FORMATS, damaged, or above MAX_PIXELS or MAX_SIDE (before decoding).
     """
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such image file; check the path")
     try:
         with Image.open(path, formats=FORMATS) as image:
             w, h = image.size
-            if w * h > MAX_PIXELS:
-                raise BadInput(f"{path}: {w}x{h} pixels is above the limit of {MAX_PIXELS // 10**6} megapixels; "
+            if w * h > MAX_PIXELS or max(w, h) > MAX_SIDE:
+                raise BadInput(f"{path}: {w}x{h} pixels is above the limit of {MAX_PIXELS // 10**6} megapixels or {MAX_SIDE} a side; "
                                "make it smaller first")
             image.seek(0)
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits a pixel: convert() would clip to white
-                values = np.asarray(image, dtype=np.float64)
-                low, high = (0, 65535) if values.min() >= 0 and 255 < values.max() <= 65535 else (values.min(), max(values.max(), 255))
+                values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=65535, neginf=0)
+                low, high = (0, 65535) if values.min() >= 0 and 255 < values.max() <= 65535 else (min(values.min(), 0), max(values.max(), 255))
                 image = Image.fromarray(((values - low) * 255 / (high - low)).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")  # transparent pixels hold arbitrary colours: show them on white
@@ -57,8 +62,9 @@ def load_image(path):
             return image.convert("RGB")
     except UnidentifiedImageError:
         raise BadInput(f"{path}: not an image in a known format; use one of {', '.join(FORMATS)}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, OverflowError, IndexError, TypeError, KeyError,
-            AttributeError, ZeroDivisionError, MemoryError, NotImplementedError) as e:  # what damaged files make Pillow raise
+    except BadInput:
+        raise
+    except Exception as e:  # Pillow has many ways to say that a file is broken
         raise BadInput(f"{path}: the image is damaged or truncated ({type(e).__name__}); save it again") from None
 
 
@@ -166,7 +172,8 @@ class CLIPVision(nn.Module):
             raise BadInput(f"config.json: vision hidden_act {c['hidden_act']!r} is not supported; it must be quick_gelu or gelu")
         self.grid = c["image_size"] // c["patch_size"]
         self.image_size = c["image_size"]
-        depth, feature = c["num_hidden_layers"], c.get("vision_feature_layer", -2)
+        self.depth = depth = c["num_hidden_layers"]  # layers of the checkpoint, of which `used` are run
+        feature = c.get("vision_feature_layer", -2)
         used = feature if feature >= 0 else depth + 1 + feature
         self.embeddings = Embeddings(c)
         self.pre_layrnorm = nn.LayerNorm(c["hidden_size"], eps=c["layer_norm_eps"])  # the checkpoints' spelling

@@ -15,11 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from clip import BadInput, load_image
 from data import draw, metrics
+from data.files import read_rows
 from data.questions import BadQuestions, read_questions
 from model import ROOT, LLaVA, find_checkpoint, read_json, run_name
 from sdrpn import RPN, answer, load_recipe
@@ -36,7 +36,7 @@ def choose(args):
         run = ROOT / "out" / last.read_text().strip()
         if not (run / "rpn.safetensors").is_file():
             raise BadInput(f"{last}: names {run.name}, whose rpn.safetensors is gone; train again, name --ckpt, or delete {last}")
-        ckpt, path = read_json(run / "config.json")["ckpt"], run / "rpn.safetensors"
+        ckpt, path = str(read_json(run / "config.json").get("ckpt")), run / "rpn.safetensors"
     folder = find_checkpoint(ckpt or "toy")
     if not path and args.mode != "plain":
         places = ROOT / "out" / run_name(ckpt or "toy") / "rpn.safetensors", folder / "rpn.safetensors"
@@ -49,6 +49,17 @@ def choose(args):
     say(f"checkpoint {folder}, RPN {rpn.path if rpn else 'none'}, {llava.device} ({'--device' if args.device else 'default'}), "
         f"{str(llava.dtype)[6:]} ({'--dtype' if args.dtype else 'default for this size and device'})")
     return llava, rpn
+
+
+def compile_decode(llava, args):
+    """For caches of the usual length: the picture, 64 more tokens of prompt, the answer; with and without crops."""
+    N = llava.num_image_tokens
+    plain = N + 64 + (args.max_new_tokens or 128)
+    try:
+        seconds = llava.compile_decode(plain, plain + {"plain": 0, "mask": 1, "box": 2}[args.mode] * N)
+    except torch._dynamo.exc.BackendCompilerFailed as e:
+        raise BadInput(f"--compile: {str(e).splitlines()[0]}; leave it out, or install a C++ compiler (and Triton on CUDA)") from None
+    say(f"compiled the decoding step in {seconds:.0f} s")
 
 
 def check_question(text):
@@ -96,24 +107,11 @@ def converse(llava, rpn, image, args, tau, save):
 
 # ------------------------------------------------------------------------------------------ evaluation
 
-def overlap(crops, boxes, size):
-    """Do the crops cover at least half of every true box (source pixels), and IoU of crops and boxes, on a 256 x 256 raster."""
-    def raster(rectangles):
-        canvas = np.zeros((256, 256), bool)
-        for x0, y0, x1, y1 in rectangles:
-            x0, x1, y0, y1 = (round(256 * v / s) for v, s in ((x0, size[0]), (x1, size[0]), (y0, size[1]), (y1, size[1])))
-            canvas[y0:max(y1, y0 + 1), x0:max(x1, x0 + 1)] = True
-        return canvas
-    seen, wanted = raster(crops), raster(boxes)
-    covered = all((raster([b]) & seen).sum() >= 0.5 * raster([b]).sum() for b in boxes)
-    return bool(covered), float((seen & wanted).sum() / max((seen | wanted).sum(), 1))
-
-
 def ask_turns(llava, rpn, image, turns, mode, tau, limit):
     """All turns of a question, each after the model's own answers to those before -> the last result, seconds in all."""
     history, began = [], time.perf_counter()
     for turn in turns:
-        result = answer(llava, rpn, image, check_question(turn), mode, tau, limit, history)
+        result = answer(llava, rpn, image, turn, mode, tau, limit, history)
         history.append((turn, result.text))
     return result, time.perf_counter() - began
 
@@ -137,67 +135,29 @@ def evaluate(llava, rpn, args, recipe):
     with open(path, "a", encoding="utf-8") as file:
         for done, i in enumerate(todo, 1):
             q = questions[i]
-            image = load_image(root / q["image"])
             limit, tau = args.max_new_tokens or q.get("max_new_tokens", 128), args.tau or q.get("tau", recipe["tau"])
             row = {"n": i, "id": q.get("id"), "kind": q.get("kind", "all"), "cycle": q.get("cycle"), "answers": q["answers"]}
-            for name, mode in (("plain", "plain"), ("two_stage", args.mode))[:1 if args.mode == "plain" else 2]:
-                result, seconds = ask_turns(llava, rpn, image, q["question"], mode, tau, limit)
-                row[name] = {"answer": result.text, "score": metrics.score(q, result.text), "seconds": round(seconds, 4),
-                             "boxes": [list(b) for b in result.boxes], "visual_tokens": result.visual_tokens}
-                if q.get("boxes") and mode != "plain":
-                    row[name]["covers"], row[name]["iou"] = overlap(result.boxes, q["boxes"], image.size)
+            try:
+                image = load_image(root / q["image"])
+                for name, mode in (("plain", "plain"), ("two_stage", args.mode))[:1 if args.mode == "plain" else 2]:
+                    result, seconds = ask_turns(llava, rpn, image, q["question"], mode, tau, limit)
+                    row[name] = {"answer": result.text, "score": metrics.score(q, result.text), "seconds": round(seconds, 4),
+                                 "boxes": [list(b) for b in result.boxes], "visual_tokens": result.visual_tokens}
+                    if q.get("boxes") and mode != "plain":
+                        row[name]["covers"], row[name]["iou"] = metrics.overlap(result.boxes, q["boxes"], image.size)
+            except (BadInput, FloatingPointError) as e:
+                raise BadInput(f"{args.eval}: question {i + 1}: {e}") from None
             rows[i] = row
             file.write(json.dumps(row) + "\n")
             file.flush()
             if done % max(1, len(todo) // 50) == 0 or done == len(todo):
                 say(f"question {done}/{len(todo)} | ETA {(time.time() - began) / done * (len(todo) - done):.0f} s")
-    return summarise([rows[i] for i in range(len(questions))], questions)
-
-
-def read_rows(path):
-    """Finished questions of an earlier run; a line that a crash cut off is dropped from the file."""
-    rows = {}
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").split("\n")
-        for line in lines[:-1]:  # a whole line ends in a newline
-            row = json.loads(line)
-            rows[row["n"]] = row
-        if lines[-1]:
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
-            partial.replace(path)
-    return rows
-
-
-def summarise(rows, questions):
-    """Print the table per kind on stderr; return the last line's dict, scores in percent."""
-    mean = lambda values: sum(values) / max(len(values), 1)
-    names = [n for n in ("plain", "two_stage") if n in rows[0]]
-    metric = questions[0].get("metric", "exact")
-    whole = {n: metrics.summarise(metric, [r | r[n] | {"prediction": r[n]["answer"]} for r in rows]) for n in names}
-    kinds = list(dict.fromkeys(r["kind"] for r in rows))
-    say(f"{'kind':24}{'n':>6}{'plain':>8}" + (f"{'two-st.':>8}{'change':>8}{'lost':>6}{'won':>6}{'RoI %':>7}{'s plain':>9}{'s two':>8}"
-        f"{'tokens':>8}{'recall':>8}{'IoU':>7}" if len(names) > 1 else f"{'s':>9}"))
-    for kind in [*kinds, "all"] if len(kinds) > 1 else kinds:
-        part = [r for r in rows if kind in (r["kind"], "all")]
-        plain = [r["plain"] for r in part]
-        line = f"{kind[:24]:24}{len(part):6}{100 * mean([p['score'] for p in plain]):8.1f}"
-        if len(names) > 1:
-            two = [r["two_stage"] for r in part]
-            lost = sum(p["score"] > t["score"] for p, t in zip(plain, two))
-            won = sum(p["score"] < t["score"] for p, t in zip(plain, two))
-            line += (f"{100 * mean([t['score'] for t in two]):8.1f}{100 * mean([t['score'] - p['score'] for p, t in zip(plain, two)]):+8.1f}"
-                     f"{lost:6}{won:6}{100 * mean([bool(t['boxes']) for t in two]):7.0f}{mean([p['seconds'] for p in plain]):9.3f}"
-                     f"{mean([t['seconds'] for t in two]):8.3f}{mean([t['visual_tokens'] for t in two]):8.0f}")
-            located = [t for t in two if "iou" in t]
-            line += f"{100 * mean([t['covers'] for t in located]):8.1f}{mean([t['iou'] for t in located]):7.2f}" if located else ""
-        else:
-            line += f"{mean([p['seconds'] for p in plain]):9.3f}"
-        say(line)
-    if len(names) > 1:
-        say("lost: plain right, two-stage wrong; won: the reverse; recall: the crops cover half of every true box")
-    result = {n: round(100 * whole[n]["score"], 2) for n in names} | {"questions": len(rows), "metric": metric}
-    return result | {"details": whole} if metric in ("pope", "hr") else result
+    try:
+        return metrics.side_by_side([rows[i] for i in range(len(questions))], questions, say)
+    except (KeyError, TypeError, AttributeError):
+        if len(todo) == len(questions):
+            raise
+        raise BadInput(f"{path}: what an earlier run scored is damaged; delete the file") from None
 
 
 def parser():
@@ -214,6 +174,7 @@ def parser():
     p.add_argument("--max-new-tokens", type=int, help="longest answer; default 128, or the question file's")
     p.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     p.add_argument("--dtype", help="float16, bfloat16, float32, float64; default: the file's on a GPU; on a CPU float32 below 1 GB, else bfloat16")
+    p.add_argument("--compile", action="store_true", help="compile the decode step; pays off for long answers or --eval")
     p.add_argument("--save", help="where the picture goes; default out/<image>.roi.png")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the bare answer")
     return p
@@ -221,7 +182,7 @@ def parser():
 
 def main(argv=None):
     p = parser()
-    p.error = lambda message: sys.exit(print(f"infer.py: {message}; see python infer.py --help", file=sys.stderr) or 2)
+    p.error = lambda message: fail(f"{message}; see python infer.py --help")
     args = p.parse_args(argv)
     try:
         if bool(args.image) == bool(args.eval):
@@ -234,6 +195,8 @@ def main(argv=None):
         check_question(args.question) if args.question is not None else None
         llava, rpn = choose(args)
         recipe = load_recipe(llava)
+        if args.compile:
+            compile_decode(llava, args)
         if args.eval:
             print(json.dumps(evaluate(llava, rpn, args, recipe)))
             return
@@ -244,14 +207,21 @@ def main(argv=None):
         result = one(llava, rpn, image, args.question, args, tau, (), save)
         say("crops " + (", ".join(map(str, result.boxes)) or "none") + " | " + ", ".join(f"{k} {v:.0f} ms" for k, v in result.ms.items()))
         print(as_json(result, args, tau, llava, rpn) if args.json else result.text)
-    except (BadInput, BadQuestions) as e:
-        sys.exit(print(f"infer.py: {e}", file=sys.stderr) or 2)
-    except torch.OutOfMemoryError:
-        sys.exit(print("infer.py: out of GPU memory; use --dtype float16, lower --max-new-tokens, or --device cpu", file=sys.stderr) or 2)
+    except (BadInput, BadQuestions, FloatingPointError) as e:
+        fail(e)
+    except (torch.OutOfMemoryError, MemoryError):
+        fail("out of memory; use --dtype float16, lower --max-new-tokens, or --device cpu")
     except OSError as e:
-        sys.exit(print(f"infer.py: {e.filename or 'output'}: {e.strerror or e}; check the path, the rights and the free space", file=sys.stderr) or 2)
+        fail(f"{e.filename or 'output'}: {e.strerror or e}; check the path, the rights and the free space")
+    except UnicodeError as e:
+        fail(f"stdin or stdout can not hold this text ({e}); set PYTHONIOENCODING=utf-8")
     except KeyboardInterrupt:
-        sys.exit(print("infer.py: stopped; with --eval the same command goes on", file=sys.stderr) or 130)
+        fail("stopped; with --eval the same command goes on", 130)
+
+
+def fail(message, code=2):
+    print("infer.py:", *str(message).split(), file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ Layers and heads count from 0. Positions are plain token indices, the image's N 
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
+import time
 from pathlib import Path
 
 import sentencepiece
@@ -57,7 +59,7 @@ def rope_table(start, t, d, theta, device, dtype):
     """cos and sin (t, d) for positions start..start+t-1. Built in float32 or wider, cast last: half-precision angles are wrong."""
     wide = wider(dtype)
     frequencies = theta ** (-torch.arange(0, d, 2, device=device, dtype=wide) / d)  # (d/2,)
-    angles = torch.arange(start, start + t, device=device, dtype=wide)[:, None] * frequencies  # (t, d/2)
+    angles = (start + torch.arange(t, device=device, dtype=wide))[:, None] * frequencies  # (t, d/2)
     angles = torch.cat([angles, angles], -1)  # (t, d)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -70,7 +72,7 @@ def rotate(x, rope):
 
 
 class KVCache:
-    """Keys and values of all layers, allocated once per answer: k[layer] and v[layer] are (b, Hkv, length, d).
+    """Keys and values of all layers, allocated once per answer: lists k and v of a (b, Hkv, length, d) per layer.
 
     `queries` = {layer: []} makes those layers also keep the rotated queries (b, H, t, d) they compute: the rows of the
     response-to-image attention cost nothing else.
@@ -78,14 +80,21 @@ class KVCache:
 
     def __init__(self, llava, b, length):
         c = llava.config
-        shape = (c["num_hidden_layers"], b, c["num_key_value_heads"], length, c["head_dim"])
-        self.k = torch.empty(shape, dtype=llava.dtype, device=llava.device)
-        self.v = torch.empty_like(self.k)
+        if llava.static is not None:  # a compiled step is bound to one size and place: round up, and use the same memory again
+            length = -(-length // 512) * 512
+        self.k, self.v = (llava.static or {}).get((b, length), (None, None))
+        if self.k is None:
+            shape = (b, c["num_key_value_heads"], length, c["head_dim"])
+            self.k, self.v = ([torch.empty(shape, dtype=llava.dtype, device=llava.device) for _ in range(c["num_hidden_layers"])] for _ in "kv")
+        if llava.static is not None:
+            llava.static[b, length] = self.k, self.v
+            for t in [*self.k, *self.v]:
+                torch._dynamo.mark_static_address(t.zero_())  # zeros: what the mask hides is still multiplied
         self.queries = {}
 
     def keep(self, rows):
         """Go on with these rows of the batch only."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.k, self.v = [k[rows] for k in self.k], [v[rows] for v in self.v]
 
 
 class Attention(nn.Module):
@@ -109,11 +118,15 @@ class Attention(nn.Module):
         if cache is not None:
             if layer in cache.queries:
                 cache.queries[layer].append((q, k))
-            end = start + t
-            cache.k[layer, :, :, start:end], cache.v[layer, :, :, start:end] = k, v
-            k, v = cache.k[layer, :, :, :end], cache.v[layer, :, :, :end]  # (b, Hkv, start+t, d)
-            if start > 0 and t > 1:  # row i sees columns 0..start+i
-                mask = torch.ones(t, end, dtype=torch.bool, device=x.device).tril(start)
+            keys, values, end = cache.k[layer], cache.v[layer], start + t
+            if torch.is_tensor(start):  # compiled: one token against all of the cache, behind a mask
+                k, v = keys.index_copy_(2, start, k), values.index_copy_(2, start, v)  # (b, Hkv, length, d)
+                mask = torch.arange(k.shape[2], device=x.device)[None] <= start  # (1, length)
+            else:
+                keys[:, :, start:end], values[:, :, start:end] = k, v
+                k, v = keys[:, :, :end], values[:, :, :end]  # (b, Hkv, start+t, d)
+                if start > 0 and t > 1:  # row i sees columns 0..start+i
+                    mask = torch.ones(t, end, dtype=torch.bool, device=x.device).tril(start)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and t > 1,
                                            enable_gqa=self.H != self.Hkv)  # (b, H, t, d)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (b, t, D)
@@ -181,6 +194,7 @@ class LLaVA(nn.Module):
         self.lm_head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
         self.grid, self.num_image_tokens = self.vision_tower.grid, self.vision_tower.grid ** 2
         self.folder, self.fingerprint = None, None
+        self.static = None  # compile_decode: {(b, length): keys and values}
 
     device = property(lambda self: self.lm_head.weight.device)
     dtype = property(lambda self: self.lm_head.weight.dtype)
@@ -281,15 +295,18 @@ class LLaVA(nn.Module):
         chosen. A row that has ended leaves the batch, so it stops costing. EOS is never fed back, nor is the last of
         max_new_tokens: `cache.queries` then holds one row for each token fed.
         """
-        layers, vocab, eos = self.config["num_hidden_layers"], self.tokenizer.get_piece_size(), self.tokenizer.eos_id()
+        vocab, eos = self.tokenizer.get_piece_size(), self.tokenizer.eos_id()
         answers = [[] for _ in range(len(last_hidden))]
         alive = list(range(len(answers)))
         for step in range(max_new_tokens):
             logits = self.head(last_hidden)[:, :vocab]  # (alive, vocab)
             if ignore_eos:
                 logits[:, eos] = float("-inf")
-            tokens = logits.argmax(-1)
-            ids = tokens.tolist()  # the one host synchronisation of a step
+            tokens = logits.argmax(-1)  # NaN counts as largest
+            ids, best = torch.stack([tokens.float(), logits.gather(-1, tokens[:, None])[:, 0].float()]).tolist()  # the one host sync of a step
+            if not all(map(math.isfinite, best)):
+                raise FloatingPointError(f"the model's logits are not finite in {str(self.dtype)[6:]}; try --dtype bfloat16 or float32")
+            ids = [int(i) for i in ids]
             stay = [r for r, i in enumerate(ids) if i != eos]
             for r in stay:
                 answers[alive[r]].append(ids[r])
@@ -298,9 +315,23 @@ class LLaVA(nn.Module):
             if len(stay) < len(ids):
                 tokens, alive = tokens[stay], [alive[r] for r in stay]
                 cache.keep(stay)
-            hidden_states = self.language_model.embed_tokens(tokens)[:, None]  # (alive, 1, D)
-            last_hidden = self.run(hidden_states, 0, layers, cache, start=position + step)[:, -1]
+            at = position + step
+            last_hidden = self.advance(tokens, cache, at if self.static is None else torch.tensor([at], device=self.device))
         return answers
+
+    def advance(self, tokens, cache, position):
+        """One decoding step: ids (b,) at `position` -> the hidden state after the last layer (b, D)."""
+        hidden_states = self.language_model.embed_tokens(tokens)[:, None]  # (b, 1, D)
+        return self.run(hidden_states, 0, self.config["num_hidden_layers"], cache, start=position)[:, -1]
+
+    def compile_decode(self, *lengths):
+        """From now on decode with a compiled step, made ready here for caches of these lengths; returns the seconds that took."""
+        began, self.static = time.perf_counter(), {}
+        self.advance = torch.compile(self.advance, mode="reduce-overhead" if self.device.type == "cuda" else None, dynamic=False)
+        for length in lengths:  # a few steps each: CUDA graphs are recorded at the second
+            last_hidden = torch.zeros(1, self.config["hidden_size"], dtype=self.dtype, device=self.device)
+            self.decode(last_hidden, KVCache(self, 1, length), 0, 5, ignore_eos=True)
+        return time.perf_counter() - began
 
     @torch.no_grad()
     def generate(self, image, question, max_new_tokens=128, history=()):
@@ -325,14 +356,17 @@ class LLaVA(nn.Module):
         config = read_json(folder / "config.json")
         shards = open_shards(folder)
         text, vision, top = read_sizes(folder, config)
-        tokenizer = read_tokenizer(folder, text["vocab_size"])
+        tokenizer = read_tokenizer(folder, text["vocab_size"], top["image_token"])
         try:
             device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            torch.empty(1, device=device)
+            torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError):
             raise BadInput(f"--device {device}: not on this machine; use cpu" + (", cuda" if torch.cuda.is_available() else "")) from None
-        with torch.device("meta"):  # sizes only: no memory until a tensor is read
-            llava = cls(text, vision, top["image_token"], tokenizer, top["projector_bias"])
+        try:
+            with torch.device("meta"):  # sizes only: no memory until a tensor is read
+                llava = cls(text, vision, top["image_token"], tokenizer, top["projector_bias"])
+        except (RuntimeError, TypeError, ValueError, ArithmeticError) as e:
+            raise BadInput(f"{folder / 'config.json'}: sizes that make no model ({str(e)[:80]}); download it again") from None
         where = match_keys(folder, llava, shards, tied=top["tied"])
         dtype = torch_dtype(dtype) or default_dtype(device, where, shards)
         for key, (file, name) in where.items():
@@ -398,10 +432,10 @@ def read_sizes(folder, config):
     if config.get("model_type") != "llava":
         raise BadInput(f"{path}: model_type is {config.get('model_type')!r}, not 'llava'; LLaVA-1.5 in the Hugging Face layout is needed")
     given_text, given_vision = config.get("text_config") or {}, config.get("vision_config") or {}
-    if not isinstance(given_text, dict) or not isinstance(given_vision, dict):
-        raise BadInput(f"{path}: text_config and vision_config must be objects; download it again")
-    given_text = given_text | (given_text.get("rope_parameters") or {})  # newer files nest rope_theta
-    text = TEXT_DEFAULTS | {k: v for k, v in given_text.items() if v is not None}
+    rope = given_text.get("rope_parameters") or {} if isinstance(given_text, dict) else None  # newer files nest rope_theta
+    if not all(isinstance(o, dict) for o in (given_text, given_vision, rope)):
+        raise BadInput(f"{path}: text_config, vision_config and rope_parameters must be objects; download it again")
+    text = TEXT_DEFAULTS | {k: v for k, v in (given_text | rope).items() if v is not None}
     text.setdefault("num_key_value_heads", text["num_attention_heads"])
     vision = VISION_DEFAULTS | given_vision | {"vision_feature_layer": config.get("vision_feature_layer", -2)} if given_vision \
         else {"hidden_size": 1024, "vision_feature_layer": config.get("vision_feature_layer", -2)}
@@ -409,8 +443,11 @@ def read_sizes(folder, config):
                                     "num_key_value_heads", "max_position_embeddings", "vocab_size")]
     positive += [(vision, k) for k in VISION_DEFAULTS if k in vision]
     for sizes, key in positive:
-        if type(sizes[key]) is not int or not 0 < sizes[key] <= 1 << 20:
-            raise BadInput(f"{path}: {key} = {sizes[key]!r} is not a sensible size; download it again")
+        if type(sizes[key]) is not int or not 0 < sizes[key] <= (1 << 10 if "layers" in key else 1 << 20):
+            raise BadInput(f"{path}: {key} = {str(sizes[key])[:40]} is not a sensible size; download it again")
+    for sizes, key in ((text, "rms_norm_eps"), (text, "rope_theta"), (vision, "layer_norm_eps")):
+        if type(sizes.get(key, 1)) not in (int, float) or not 0 < sizes.get(key, 1) < 1e12:
+            raise BadInput(f"{path}: {key} = {str(sizes[key])[:40]} is not a sensible number; download it again")
     text.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])
     wrong = (
         "hidden_act must be silu" if text.get("hidden_act", "silu") != "silu" else
@@ -433,7 +470,7 @@ def read_sizes(folder, config):
     return text, vision, top
 
 
-def read_tokenizer(folder, vocab_size):
+def read_tokenizer(folder, vocab_size, image_token):
     path = folder / "tokenizer.model"
     if not path.is_file():
         raise BadInput(f"{path}: missing; copy the checkpoint's tokenizer.model into the folder")
@@ -442,9 +479,9 @@ def read_tokenizer(folder, vocab_size):
         tokenizer.LoadFromSerializedProto(path.read_bytes())
     except (RuntimeError, OSError):
         raise BadInput(f"{path}: not a sentencepiece model; download it again") from None
-    if not 0 < tokenizer.get_piece_size() <= vocab_size:
-        raise BadInput(f"{path}: {tokenizer.get_piece_size()} pieces, but the model has {vocab_size} embeddings; "
-                       "use the tokenizer.model of this checkpoint")
+    if type(image_token) is not int or not 0 < tokenizer.get_piece_size() <= min(vocab_size, image_token):
+        raise BadInput(f"{path}: {tokenizer.get_piece_size()} pieces, but config.json has {vocab_size} embeddings and image token "
+                       f"{str(image_token)[:40]}; use the tokenizer.model of this checkpoint")
     if (tokenizer.bos_id(), tokenizer.eos_id()) != (1, 2):
         raise BadInput(f"{path}: BOS and EOS are not 1 and 2 as in LLaMA; use the tokenizer.model of this checkpoint")
     return tokenizer
@@ -482,7 +519,7 @@ def open_safetensors(path):
 
 
 def canonical(name):
-    """Every spelling of FORMATS A1 -> our parameter name, which is the newest spelling without `model.` and `vision_model.`."""
+    """Every spelling in circulation -> our parameter name, which is the newest spelling without `model.` and `vision_model.`."""
     name = re.sub(r"^model\.(?=language_model|vision_tower|multi_modal_projector|lm_head)", "", name)
     name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
     name = re.sub(r"^language_model\.model\.", "language_model.", name)
@@ -506,7 +543,7 @@ def match_keys(folder, llava, shards, tied=False):
                 if key in where:
                     raise BadInput(f"{folder / file}: {name} is there twice (also in {where[key][0]}); download the folder again")
                 where[key] = file, name
-            elif not (key.startswith("vision_tower.post_layernorm.") or layer and int(layer[1]) >= used_layers
+            elif not (key.startswith("vision_tower.post_layernorm.") or layer and used_layers <= int(layer[1]) < llava.vision_tower.depth
                       or key.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")) or tied and key == "lm_head.weight"):
                 unknown.append(name)
     if any("mm_projector" in name for name in unknown):

@@ -23,17 +23,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from clip import BadInput, preprocess, preprocess_crop
-from model import Block, KVCache, RMSNorm, canonical, open_safetensors, open_shards, read_json, rope_table
-
-# What the authors released for the two LLaVA-1.5 decoders, by (layers, hidden width). {layer: heads}, null = all heads.
-LLAVA_TRAINING = dict(lr=5e-5, warmup=0.03, betas=[0.9, 0.98], epochs=1, batch_size=8, grad_accum=16, clip=1.0)
-RECIPES = {
-    (32, 4096): dict(attention={"14": [13, 24, 26]}, softmax="sequence", sink=dict(kind="attention", attention={"2": None}, threshold=1e-3),
-                     frozen=15, layers=3, tau=0.15, train=LLAVA_TRAINING),
-    (40, 5120): dict(attention={"13": [21, 23, 26], "15": [2], "16": [2, 21, 30]}, softmax="sequence",
-                     sink=dict(kind="attention", attention={"16": [17, 22]}, threshold=1e-3), frozen=15, layers=3, tau=0.15, train=LLAVA_TRAINING),
-}
+from clip import BadInput, preprocess_crop
+from data.files import write_file
+from data.recipe import RECIPES, faults
+from model import Block, KVCache, RMSNorm, open_safetensors, open_shards, read_json, rope_table
 
 
 def load_recipe(llava):
@@ -41,9 +34,9 @@ def load_recipe(llava):
     path = llava.folder / "recipe.json"
     if path.is_file():
         recipe = read_json(path)
-        absent = {"attention", "softmax", "sink", "frozen", "layers", "tau", "train"} - recipe.keys()
-        if absent:
-            raise BadInput(f"{path}: lacks {', '.join(sorted(absent))}; `python tests/tables.py heads` prints a recipe")
+        wrong = faults(recipe, llava.config["num_hidden_layers"], llava.config["num_attention_heads"])
+        if wrong:
+            raise BadInput(f"{path}: {', '.join(wrong)}: missing, or not of this model; `python tests/tables.py heads` prints a recipe")
         return recipe
     shape = llava.config["num_hidden_layers"], llava.config["hidden_size"]
     if shape not in RECIPES:
@@ -274,11 +267,11 @@ class RPN(nn.Module):
                 raise BadInput(f"{path}: no such RPN; train one with: python train.py")
             shards = [(path, open_safetensors(path))]
             try:
-                facts = json.loads((shards[0][1].metadata() or {}).get("sdrpn", "{}"))
-            except ValueError:
+                facts = dict(json.loads((shards[0][1].metadata() or {}).get("sdrpn", "{}")))
+            except (ValueError, TypeError, RecursionError):
                 facts = {}
         frozen, layers = facts.get("frozen"), facts.get("layers")
-        if type(frozen) is not int or type(layers) is not int or not 1 <= layers <= 64:
+        if type(frozen) is not int or type(layers) is not int or min(frozen, layers) < 1:
             raise BadInput(f"{path}: does not say its depth (twig_K, twig_T): not an RPN of this program nor a released one")
         if facts.get("fingerprint", llava.fingerprint) != llava.fingerprint:
             raise BadInput(f"{path}: trained for another checkpoint ({facts.get('ckpt')}, fingerprint {facts['fingerprint']}; this one is "
@@ -309,11 +302,8 @@ class RPN(nn.Module):
 
     def save(self, path, facts):
         """Write model.twig_* with `facts` (frozen, layers, fingerprint, ...) as metadata, under another name first."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        save_file({f"model.{k}": v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, partial,
-                  metadata={"sdrpn": json.dumps(facts)})
-        partial.replace(path)
+        tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        write_file(Path(path), lambda partial: save_file(tensors, partial, metadata={"sdrpn": json.dumps(facts)}))
 
 
 def roi_loss(logits, labels):
@@ -490,7 +480,7 @@ def answer(llava, rpn, image, question, mode="mask", tau=0.15, max_new_tokens=12
             regions = regions_above(torch.as_tensor(mask).float().cpu().view(g, g), 0.0, small=False)
         clock.lap("regions")
 
-    boxes, start, first = [], 0, 0 if mode == "plain" else B
+    boxes, first = [], 0 if mode == "plain" else B
     if regions:
         crop, boxes = crop_tokens(llava, image, regions, mode, max_regions)  # (1, n, D)
         clock.lap("crop")

@@ -24,17 +24,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from clip import BadInput, load_image, preprocess
 from data import draw, metrics
+from data.files import Labels, write_file, write_text
 from data.questions import BadQuestions, read_questions
-from data.toy import scenes
-from model import ROOT, LLaVA, find_checkpoint, open_safetensors, read_json, run_name
+from data.toy.scenes import ToyQuestions
+from model import ROOT, LLaVA, find_checkpoint, read_json, run_name
 from sdrpn import (RPN, answer, assign_labels, load_recipe, regions_above, roi_loss_sum, smooth, teach)
 
-FILES = ("labels", "config.json", "log.jsonl", "report.png", "rpn.safetensors", "resume.safetensors", "skipped.jsonl")  # all a run writes
+FILES = ("rpn.safetensors", "resume.safetensors", "labels", "log.jsonl", "report.png", "skipped.jsonl", "config.json")  # all a run writes
+TOO_FAR = "the learning rate is likely too high or the dtype too narrow: use --dtype float32 or a lower --lr, with --fresh"
 TOY_TRAIN, TOY_HELD_OUT = "train", "held-out"  # names of the scenes' random streams
 
 
@@ -44,23 +46,6 @@ def say(*words):
 
 
 # ------------------------------------------------------------------------------------------------ data
-
-class ToyQuestions:
-    """Scenes made on the fly from a stream name: item i is (image, turns, given answers)."""
-
-    def __init__(self, stream, count):
-        self.stream, self.count = stream, count
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        rng = random.Random(f"{self.stream}/{i}")
-        kind = scenes.KINDS[i % len(scenes.KINDS)]
-        scene = scenes.make_scene(rng, kind=kind)
-        q = scenes.ask(scene, rng, kind)
-        return scene.image, q | {"question": [q["question"]], "id": f"{self.stream}/{i}"}
-
 
 class FileQuestions:
     def __init__(self, path, images, samples, seed):
@@ -78,39 +63,6 @@ class FileQuestions:
 
 
 # --------------------------------------------------------------------------------------------- teacher
-
-class Labels:
-    """labels/*.safetensors: one file per step and process, each written aside and renamed; looked up by sample."""
-
-    def __init__(self, folder):
-        self.folder, self.where, self.opened = folder, {}, None
-        folder.mkdir(parents=True, exist_ok=True)
-        self.refresh()
-
-    def refresh(self):
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as f:
-                for row, i in enumerate(f.get_tensor("samples").tolist()):
-                    self.where[i] = path, row
-
-    def write(self, name, samples, targets, responses):
-        """targets: one (n, N) tensor a sample, stacked over all turns."""
-        path = self.folder / f"{name}.safetensors"
-        turns = torch.tensor([len(t) for t in targets])
-        save_file({"samples": torch.tensor(samples), "turns": turns, "targets": torch.cat(targets).contiguous()},
-                  path.with_suffix(".partial"), metadata={"responses": json.dumps(responses)})
-        path.with_suffix(".partial").replace(path)
-        self.where |= {i: (path, row) for row, i in enumerate(samples)}
-
-    def read(self, sample):
-        """-> targets (n, N) and the n responses."""
-        path, row = self.where[sample]
-        if path != self.opened:  # the samples of a file are mostly read one after the other
-            with safe_open(path, framework="pt") as f:
-                self.opened, self.responses = path, json.loads(f.metadata()["responses"])
-                self.targets = f.get_tensor("targets").split(f.get_tensor("turns").tolist())
-        return self.targets[row], self.responses[row]
-
 
 def target(lesson, row, args, grid):
     """What the student learns of one sample (1, N): labels (Eq. 2), or for --loss mse the raw map, normalised to sum 1 (Table 3 #2)."""
@@ -140,7 +92,8 @@ class Run:
         self.world, self.rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         folder = find_checkpoint(args.ckpt)
         recipe_file = folder / "recipe.json"
-        self.toy = recipe_file.is_file() and read_json(recipe_file).get("train", {}).get("data") == "toy scenes"
+        training = read_json(recipe_file).get("train") if recipe_file.is_file() else None
+        self.toy = isinstance(training, dict) and training.get("data") == "toy scenes"
         device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
         dtype = args.dtype or ("float32" if self.toy and device == "cpu" else "bfloat16")
         self.out = Path(args.out) if args.out else ROOT / "out" / run_name(args.ckpt)
@@ -149,7 +102,7 @@ class Run:
             if not args.data.is_file():
                 raise BadInput(f"{args.data} is missing; make it with: python data/llava_mix.py llava_v1_5_mix665k.json --images IMAGES")
         self.llava = llava = LLaVA.load(folder, device, dtype)
-        say(f"{folder} on {device} in {dtype} ({'--dtype' if args.dtype else 'default for training'})")
+        say(f"{folder} on {device} ({'--device' if args.device else 'default'}) in {dtype} ({'--dtype' if args.dtype else 'default for training'})")
         self.recipe = recipe = load_recipe(llava)
         r = recipe["train"]
         for key in ("lr", "epochs", "batch_size", "grad_accum", "samples"):
@@ -169,7 +122,7 @@ class Run:
         source = "toy scenes" if args.data is None else hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:16]
         self.settings = {"fingerprint": llava.fingerprint, "data": source, "questions": len(self.questions), "recipe": recipe} | {
             k: getattr(args, k) for k in ("seed", "lr", "epochs", "batch_size", "grad_accum", "frozen_layers", "rpn_layers", "loss",
-                                          "sink_removal", "answers", "smooth")} | {"dtype": str(llava.dtype)[6:]}
+                                          "sink_removal", "answers", "smooth", "max_new_tokens")} | {"dtype": str(llava.dtype)[6:]}
 
     # ---- one step
 
@@ -209,9 +162,10 @@ class Run:
             prompts = [llava.prompt_ids(q["question"][turn], list(zip(q["question"], r))) for (_, _, q), r in zip(group, responses)]
             given = [llava.tokenizer.encode((q.get("answers") or [""] * (turn + 1))[turn])[:args.max_new_tokens - 1] for _, _, q in group] \
                 if args.answers == "given" else None
+            llava.check_length(max(map(len, prompts)) - 1 + llava.num_image_tokens + args.max_new_tokens)
             lesson = teach(llava, self.recipe, pixels, prompts, given=given, **how)
             if not lesson.raw.isfinite().all():
-                raise BadInput(f"attention is not finite for samples {[q.get('id', i) for i, _, q in group]}; likely the dtype: try --dtype float32")
+                raise FloatingPointError("attention is not finite; likely the dtype: try --dtype float32")
             for row in range(len(group)):
                 targets[row].append(target(lesson, row, args, llava.grid))
                 responses[row].append(lesson.responses[row])
@@ -235,35 +189,54 @@ class Run:
             return (100 * scores.softmax(-1).mean(1) - 100 * targets).square().sum(), targets.numel()
         return roi_loss_sum(scores.mean(1), targets), (targets >= 0).sum().item()
 
+    def learn(self, group, known, made):
+        """Labels of one group (read, or made now) and the student's gradient -> (loss, labelled tokens, samples without a label, samples)."""
+        if known:
+            targets, responses = zip(*(self.labels.read(i) for i, _, _ in group))
+            student = self.backbone(group, responses)
+        else:
+            targets, responses, student = self.teach(group)
+            made |= {i: (t, r) for (i, _, _), t, r in zip(group, targets, responses)}
+            student = student or self.backbone(group, responses)
+        hidden, image, rows = student
+        targets = torch.stack(targets).to(self.llava.device)  # (b, n, N)
+        empty = (targets < 0).all(-1).all(-1).sum().item() if self.args.loss == "bce" else 0
+        total = torch.tensor([0, 0, empty, len(group)], dtype=torch.float64)
+        for at in range(0, len(group), self.args.batch_size):
+            part = slice(at, at + self.args.batch_size)
+            loss, count = self.loss_sum(hidden[part], image, rows, targets[part])
+            loss.backward()
+            total[:2] += torch.tensor([loss.item(), count], dtype=torch.float64)
+        if not total.isfinite().all():
+            raise FloatingPointError(f"loss {total[0]}; {TOO_FAR}")
+        return total
+
     def step(self, step):
         """One optimiser step over the global batch: {loss, tokens, empty, samples}."""
         args, device = self.args, self.llava.device
+        if self.world > 1 and step % self.steps_per_epoch == 0:  # from now on a process meets samples that another one labelled
+            dist.barrier()
+            self.labels.refresh()
         samples = self.batch(step)
         known = all(i in self.labels.where or i in self.skipped for i in samples)
         made, total = {}, torch.zeros(4, dtype=torch.float64)  # loss, labelled tokens, samples without a label, samples
         self.optimizer.zero_grad(set_to_none=True)
         for group in self.read([i for i in samples if i not in self.skipped] if known else samples):
-            if known:
-                targets, responses = zip(*(self.labels.read(i) for i, _, _ in group))
-                student = self.backbone(group, responses)
-            else:
-                targets, responses, student = self.teach(group)
-                made |= {i: (t, r) for (i, _, _), t, r in zip(group, targets, responses)}
-                student = student or self.backbone(group, responses)
-            hidden, image, rows = student
-            targets = torch.stack(targets).to(device)  # (b, n, N)
-            for at in range(0, len(group), args.batch_size):
-                part = slice(at, at + args.batch_size)
-                loss, count = self.loss_sum(hidden[part], image, rows, targets[part])
-                loss.backward()
-                total += torch.tensor([loss.item(), count, 0, 0], dtype=torch.float64)
-            total[2] += ((targets < 0).all(-1).all(-1).sum() if args.loss == "bce" else 0)
-            total[3] += len(group)
+            try:
+                total += self.learn(group, known, made)
+            except FloatingPointError as e:
+                raise FloatingPointError(f"step {step}, samples {[q.get('id', i) for i, _, q in group]}: {e}") from None
+            except BadInput as e:
+                if len(group[0][2]["question"]) == 1:
+                    raise
+                self.skipped[group[0][0]] = str(e)  # a conversation, always alone in its group, that outgrew the context
         if made:
             self.labels.write(f"{step:06d}-{self.rank}of{self.world}", list(made), [t for t, _ in made.values()], [r for _, r in made.values()])
         if self.world > 1:
             total = total.to(device)
             dist.all_reduce(total)
+            dist.all_gather_object(everywhere := [None] * self.world, self.skipped)
+            self.skipped = {i: why for skipped in everywhere for i, why in skipped.items()}
             for p in self.rpn.parameters():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 dist.all_reduce(p.grad)
@@ -272,9 +245,8 @@ class Run:
             for p in self.rpn.parameters():
                 p.grad /= count
             norm = torch.nn.utils.clip_grad_norm_(self.rpn.parameters(), self.recipe["train"]["clip"])
-            if not math.isfinite(loss) or not norm.isfinite():
-                raise BadInput(f"step {step}: loss {loss}, gradient norm {norm.item()} on samples {samples[:8]}; the learning rate is likely "
-                               f"too high or the dtype too narrow: lower --lr or use --dtype float32, and go on with the same command")
+            if not norm.isfinite():
+                raise FloatingPointError(f"step {step}, samples number {samples[:8]} and on: gradient norm {norm.item()}; {TOO_FAR}")
             warm = max(1, round(self.recipe["train"]["warmup"] * self.steps))
             progress = (step - warm) / max(1, self.steps - warm)
             lr = args.lr * ((step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * progress)))
@@ -292,10 +264,8 @@ class Run:
         tensors = {f"rpn.{k}": v for k, v in self.rpn.state_dict().items()}
         for i, p in enumerate(self.rpn.parameters()):
             tensors |= {f"adam.{i}.{k}": v for k, v in self.optimizer.state.get(p, {}).items()}
-        partial = self.out / "resume.partial"
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial,
-                  metadata={"step": str(step), "skipped": json.dumps(self.skipped)})
-        partial.replace(self.out / "resume.safetensors")
+        tensors, facts = {k: v.contiguous() for k, v in tensors.items()}, {"step": str(step), "skipped": json.dumps(self.skipped)}
+        write_file(self.out / "resume.safetensors", lambda partial: save_file(tensors, partial, metadata=facts))
 
     def restore(self):
         """-> the step to go on with. Makes the folder, removes a crash's leftovers, refuses other settings."""
@@ -304,18 +274,21 @@ class Run:
             if self.args.fresh and config.is_file():
                 for name in FILES:
                     shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
-            if out.is_dir() and any(out.iterdir()) and not config.is_file():
+            if out.is_dir() and not config.is_file() and any(p.name != "config.json.partial" for p in out.iterdir()):
                 raise BadInput(f"{out}: not empty and not a run of this program; name another --out")
             out.mkdir(parents=True, exist_ok=True)
             for leftover in [*out.glob("*.partial"), *out.glob("labels/*.partial")]:
                 leftover.unlink()
             if config.is_file():
-                old = json.loads(config.read_text())
+                try:
+                    old = dict(json.loads(config.read_text(encoding="utf-8")))
+                except (ValueError, TypeError, RecursionError):
+                    raise BadInput(f"{config}: damaged; use --fresh to start over, or another --out") from None
                 changed = [k for k in self.settings if old.get(k) != json.loads(json.dumps(self.settings[k]))]
                 if changed:
                     raise BadInput(f"{out}: holds a run with another {', '.join(changed)}; use --fresh to start over, or another --out")
             else:
-                write(config, json.dumps({"ckpt": str(self.args.ckpt)} | self.settings, indent=1) + "\n")
+                write_text(config, json.dumps({"ckpt": str(self.args.ckpt)} | self.settings, indent=1) + "\n")
         if self.world > 1:
             dist.barrier()
         self.labels, self.skipped = Labels(out / "labels"), {}
@@ -326,10 +299,13 @@ class Run:
             return self.steps
         if not path.is_file():
             return 0
-        f = open_safetensors(path)
-        step, tensors = int(f.metadata()["step"]), {k: f.get_tensor(k).to(self.llava.device) for k in f.keys()}
-        self.skipped = {int(k): v for k, v in json.loads(f.metadata()["skipped"]).items()}
-        self.rpn.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("rpn.")})
+        try:
+            with safe_open(path, framework="pt") as f:
+                step, tensors = int(f.metadata()["step"]), {k: f.get_tensor(k).to(self.llava.device) for k in f.keys()}
+                self.skipped = {int(k): v for k, v in json.loads(f.metadata()["skipped"]).items()}
+            self.rpn.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("rpn.")})
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+            raise BadInput(f"{path}: damaged; delete it to start at step 0 with the labels kept, or use --fresh") from None
         for i, p in enumerate(self.rpn.parameters()):
             self.optimizer.state[p] = {k.split(".")[2]: v.cpu() if k.endswith("step") else v.clone()
                                        for k, v in tensors.items() if k.startswith(f"adam.{i}.")}
@@ -342,12 +318,13 @@ class Run:
         if step == self.steps and not (self.out / "resume.safetensors").is_file():
             return
         if self.rank == 0:
-            lines = log.read_text().splitlines()[:step] if log.is_file() else []
-            write(log, "".join(line + "\n" for line in lines))
+            lines = log.read_text(errors="replace").splitlines()[:step] if log.is_file() else []
+            write_text(log, "".join(line + "\n" for line in lines))
         parameters = sum(p.numel() for p in self.rpn.parameters())
         say(f"{len(self.questions)} questions, {self.steps} steps of {self.global_batch}; RPN: layers {args.frozen_layers}.."
             f"{args.frozen_layers + args.rpn_layers - 1}, {parameters / 1e6:.1f} M parameters; {self.world} process(es)")
-        signal.signal(signal.SIGINT, lambda *_: setattr(self, "stop", True))
+        self.stop = False
+        before = signal.signal(signal.SIGINT, self.finish_step)
         began, saved, first, mean, empty, seen = time.time(), time.time(), step, None, 0, 0
         while step < self.steps:
             row = self.step(step)
@@ -361,7 +338,10 @@ class Run:
             memory = f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if self.llava.device.type == "cuda" else ""
             say(f"\rstep {step}/{self.steps} ({100 * step / self.steps:.0f}%) | loss {mean:.4f} | lr {row['lr']:.1e} | empty {empty}/{seen} | "
                 f"{seen / (time.time() - began):.1f} samples/s{memory} | ETA {eta:.0f} s ")
-            if len(self.skipped) > max(1, args.max_bad / 100 * len(self.questions)):
+            if empty > 0.5 * seen and (step == self.steps or seen >= 256 > seen - row["samples"]):  # once early, once at the end
+                say(f"warning: {100 * empty / seen:.0f} % of the samples had no label at all: the recipe's heads hardly point anywhere "
+                    "(`python tests/tables.py heads`)")
+            if len(self.skipped) > args.max_bad / 100 * len(self.questions):
                 self.list_skipped()
                 raise BadInput(f"{len(self.skipped)} of {len(self.questions)} samples are bad, more than --max-bad {args.max_bad} %; "
                                f"see {self.out / 'skipped.jsonl'}")
@@ -373,12 +353,10 @@ class Run:
                 self.save(step)
                 saved = time.time()
             if stop:
-                say("\nstopped after a whole step; the same command goes on")
+                say("stopped after a whole step; the same command goes on" + " (without --fresh)" * args.fresh)
                 sys.exit(130)
+        signal.signal(signal.SIGINT, before)
         self.list_skipped()
-        if seen and empty > 0.5 * seen:
-            say(f"warning: {100 * empty / seen:.0f} % of the samples had no label at all: the recipe's heads hardly point anywhere "
-                "(`python tests/tables.py heads`)")
         if self.rank:
             return
         facts = {"frozen": args.frozen_layers, "layers": args.rpn_layers, "ckpt": self.llava.folder.name, "step": step,
@@ -387,15 +365,15 @@ class Run:
         self.rpn.save(self.out / "rpn.safetensors", facts)
         (self.out / "resume.safetensors").unlink(missing_ok=True)
 
+    def finish_step(self, *_):
+        """Ctrl-C: stop after this step. A second one stops at once (with torchrun, which sends it twice, none does)."""
+        self.stop = True
+        if self.world == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def list_skipped(self):
-        if self.skipped:
-            write(self.out / "skipped.jsonl", "".join(json.dumps({"sample": i, "why": why}) + "\n" for i, why in sorted(self.skipped.items())))
-
-
-def write(path, text):
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+        if self.skipped and self.rank == 0:
+            write_text(self.out / "skipped.jsonl", "".join(json.dumps({"sample": i, "why": why}) + "\n" for i, why in sorted(self.skipped.items())))
 
 
 # ---------------------------------------------------------------------------------------------- results
@@ -420,7 +398,7 @@ METHODS = ("plain", "raw attention", "SD-RPN box", "SD-RPN masked", "true box")
 
 
 def ask(llava, rpn, recipe, image, q, method, max_new_tokens=32):
-    """One toy question by one method -> (answer text, source boxes that were cropped)."""
+    """One question by one method -> Answer: its text, the source boxes that were cropped, the time of each stage."""
     question, g = q["question"][-1], llava.grid
     if method == "plain":
         mode, mask = "plain", None
@@ -433,40 +411,17 @@ def ask(llava, rpn, recipe, image, q, method, max_new_tokens=32):
         mode = "box" if mask is not None else "plain"
     else:
         mode, mask = ("box" if method == "SD-RPN box" else "mask"), None
-    a = answer(llava, rpn, image, question, mode, recipe["tau"], max_new_tokens, mask=mask)
-    return a.text, a.boxes
-
-
-def compare(llava, rpn, recipe, questions, methods=METHODS, ask=ask):
-    """-> {method: {kind: [score, ...]}}, {method: seconds per question}."""
-    scores, seconds = {m: {} for m in methods}, dict.fromkeys(methods, 0.0)
-    for n in range(len(questions)):
-        image, q = questions[n]
-        for m in methods:
-            began = time.perf_counter()
-            text, _ = ask(llava, rpn, recipe, image, q, m)
-            seconds[m] += time.perf_counter() - began
-            scores[m].setdefault(q["kind"], []).append(metrics.score(q, text))
-        say(f"\rquestion {n + 1}/{len(questions)}") if (n + 1) % 50 == 0 else None
-    return scores, {m: s / len(questions) for m, s in seconds.items()}
-
-
-def table(scores, seconds):
-    """The before/after table as text, in percent."""
-    kinds = list(next(iter(scores.values())))
-    mean = lambda values: 100 * sum(values) / len(values)
-    lines = [f"{'':15}" + "".join(f"{k:>9}" for k in kinds) + f"{'all':>9}{'s/question':>12}"]
-    for m, by_kind in scores.items():
-        everything = [s for values in by_kind.values() for s in values]
-        lines.append(f"{m:15}" + "".join(f"{mean(by_kind[k]):9.1f}" for k in kinds) + f"{mean(everything):9.1f}{seconds[m]:12.3f}")
-    return "\n".join(lines)
+    return answer(llava, rpn, image, question, mode, recipe["tau"], max_new_tokens, mask=mask)
 
 
 def report(run, questions, path):
     """The contact sheet of Figures 2 and 6: picture, raw attention, without sinks, labels, RPN map."""
     llava, rows = run.llava, []
     for n in range(min(6, len(questions))):
-        image, q = questions[n]
+        try:
+            image, q = questions[n]
+        except BadInput:  # listed in skipped.jsonl already
+            continue
         lesson = teach(llava, run.recipe, preprocess(image, llava.vision_tower.image_size)[None], [llava.prompt_ids(q["question"][0])])
         g = llava.grid
         maps = [m.view(g, g).float().cpu().numpy() for m in (lesson.raw, lesson.clean)]
@@ -497,6 +452,7 @@ def parser():
     p.add_argument("--smooth", choices=("map", "labels"), default="map", help="where the Gaussian goes (Table 8)")
     p.add_argument("--max-new-tokens", type=int, default=128, help="longest answer of the teacher")
     p.add_argument("--max-bad", type=float, default=1.0, help="percent of unreadable samples that is tolerated")
+    p.add_argument("--held-out", type=int, help="toy: fresh questions to compare the methods on at the end; default: the recipe's")
     p.add_argument("--save-every", type=float, default=300, help="seconds between resume points")
     p.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     p.add_argument("--dtype", help="of the frozen weights: float16, bfloat16, float32, float64; default bfloat16, the toy on a CPU float32")
@@ -506,12 +462,15 @@ def parser():
 
 def main(argv=None):
     p = parser()
-    p.error = lambda message: sys.exit(print(f"train.py: {message}; see python train.py --help", file=sys.stderr) or 2)
+    p.error = lambda message: fail(f"{message}; see python train.py --help")
     args = p.parse_args(argv)
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        gpu = torch.cuda.is_available() and args.device != "cpu"
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if gpu else "gloo")
     try:
-        for key in ("samples", "batch_size", "grad_accum", "teacher_batch", "epochs", "max_new_tokens"):
+        for key in ("samples", "batch_size", "grad_accum", "teacher_batch", "epochs", "max_new_tokens", "frozen_layers", "rpn_layers", "held_out"):
             if getattr(args, key) is not None and getattr(args, key) < 1:
                 raise BadInput(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least 1")
         if args.lr is not None and not 0 < args.lr < 10:
@@ -520,28 +479,48 @@ def main(argv=None):
         run.train()
         if run.rank == 0:
             finish(run)
-    except (BadInput, BadQuestions) as e:
-        sys.exit(print(f"train.py: {e}", file=sys.stderr) or 2)
-    except torch.OutOfMemoryError:
-        sys.exit(print("train.py: out of GPU memory; lower --teacher-batch, then --batch-size (raise --grad-accum as much); "
-                       "the same command goes on", file=sys.stderr) or 2)
+    except (BadInput, BadQuestions, FloatingPointError) as e:
+        fail(e)
+    except (torch.OutOfMemoryError, MemoryError):
+        fail("out of memory; lower --teacher-batch, then --batch-size (raise --grad-accum as much); the same command goes on")
     except OSError as e:
-        sys.exit(print(f"train.py: {e.filename or 'disk'}: {e.strerror or e}; free some space or name another --out; the same command goes on",
-                       file=sys.stderr) or 2)
+        fail(f"{e.filename or 'disk'}: {e.strerror or e}; free some space or name another --out; the same command goes on")
+    except KeyboardInterrupt:
+        fail("stopped; the same command goes on", 130)
+    except RuntimeError:
+        if not first_to_fail():  # a process that lost its partner
+            sys.exit(1)
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+def fail(message, code=2):
+    """One line on stderr, from one process: with torchrun the others stop because of it, or for the same reason."""
+    if first_to_fail():
+        print("train.py:", *str(message).split(), file=sys.stderr)
+    sys.exit(code)
+
+
+def first_to_fail():
+    if not dist.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # the store went with the process that failed first
+        return False
+
+
 def finish(run):
     """The picture, the table (toy), and out/last."""
-    held_out = ToyQuestions(TOY_HELD_OUT, run.recipe["train"].get("held_out", 200)) if run.args.data is None else run.questions
+    held_out = ToyQuestions(TOY_HELD_OUT, run.args.held_out or run.recipe["train"]["held_out"]) if run.args.data is None else run.questions
     report(run, held_out, run.out / "report.png")
     if run.args.data is None:
-        scores, seconds = compare(run.llava, run.rpn, run.recipe, held_out)
-        print(table(scores, seconds))
+        methods = {m: lambda image, q, m=m: ask(run.llava, run.rpn, run.recipe, image, q, m).text for m in METHODS}
+        print(metrics.compare(held_out, methods, say))
     if run.out.parent == ROOT / "out":
-        write(ROOT / "out" / "last", run.out.name + "\n")
+        write_text(ROOT / "out" / "last", run.out.name + "\n")
     say(f"wrote {run.out / 'rpn.safetensors'} and {run.out / 'report.png'}; try: python infer.py IMAGE \"question\"")
 
 

@@ -187,7 +187,7 @@ def questions(name, files, root):
             for i, record in enumerate(read(file)):
                 question = convert(record, i, file, root) | shared
                 yield question, locate(root, question["image"])
-        except (KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:   # ValueError: not even text, too
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError, csv.Error) as error:   # ValueError: not even text, too
             problem = f"no field {error}" if isinstance(error, KeyError) else error
             fail(f"{file}: near question {i + 1}: {problem}; {needs(name)}")
 

@@ -84,7 +84,7 @@ def main(argv=None):
         records = json.loads(args.file.read_text(encoding="utf-8-sig"))   # -sig: drops a byte-order mark
     except OSError as error:
         fail(f"{args.file}: {error.strerror or error}; --help says where to get llava_v1_5_mix665k.json")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         fail(f"{args.file}: is not JSON ({error}); a download cut short? Compare its size, get it again")
     if not isinstance(records, list):
         fail(f"{args.file}: holds no list of conversations; --help says where to get llava_v1_5_mix665k.json")

@@ -11,6 +11,9 @@ does; here such a reply is wrong) and the official scripts where they differ fro
 """
 
 import re
+import time
+
+import numpy as np
 
 # The normaliser of TextVQA restores missing apostrophes: dont -> don't. First, words with one apostrophe ...
 CONTRACTIONS = {word.replace("'", ""): word for word in """ain't aren't can't could've couldn't didn't doesn't don't
@@ -241,3 +244,66 @@ def summarise(metric, rows):
     if len(kinds) > 1:
         table["kinds"] = {kind: mean(row["score"] for row in rows if row.get("kind") == kind) for kind in kinds}
     return table
+
+
+def compare(questions, methods, say=print):
+    """Ask every (image, question dict) by every method {name: f(image, question) -> answer} -> a table in percent, by kind."""
+    scores, seconds = {m: {} for m in methods}, dict.fromkeys(methods, 0.0)
+    for n in range(len(questions)):
+        image, q = questions[n]
+        for m, ask in methods.items():
+            began = time.perf_counter()
+            reply = ask(image, q)
+            seconds[m] += time.perf_counter() - began
+            scores[m].setdefault(q["kind"], []).append(score(q, reply))
+        if (n + 1) % 50 == 0:
+            say(f"question {n + 1}/{len(questions)}")
+    kinds = list(next(iter(scores.values())))
+    lines = [f"{'':15}" + "".join(f"{k:>9}" for k in kinds) + f"{'all':>9}{'s/question':>12}"]
+    for m, by_kind in scores.items():
+        columns = [*by_kind.values(), [s for values in by_kind.values() for s in values]]
+        lines.append(f"{m:15}" + "".join(f"{100 * mean(c):9.1f}" for c in columns) + f"{seconds[m] / len(questions):12.3f}")
+    return "\n".join(lines)
+
+
+def overlap(crops, boxes, size):
+    """Do the crops cover at least half of every true box (source pixels), and IoU of crops and boxes, on a 256 x 256 raster."""
+    def raster(rectangles):
+        canvas = np.zeros((256, 256), bool)
+        for x0, y0, x1, y1 in rectangles:
+            x0, x1, y0, y1 = (round(256 * v / s) for v, s in ((x0, size[0]), (x1, size[0]), (y0, size[1]), (y1, size[1])))
+            canvas[y0:max(y1, y0 + 1), x0:max(x1, x0 + 1)] = True
+        return canvas
+    seen, wanted = raster(crops), raster(boxes)
+    covered = all((raster([b]) & seen).sum() >= 0.5 * raster([b]).sum() for b in boxes)
+    return bool(covered), float((seen & wanted).sum() / max((seen | wanted).sum(), 1))
+
+
+def side_by_side(rows, questions, say=print):
+    """Say the table per kind of rows {"kind", "plain": {...}, "two_stage"?: {...}}; return the summary, scores in percent."""
+    names = [n for n in ("plain", "two_stage") if n in rows[0]]
+    metric = questions[0].get("metric", "exact")
+    whole = {n: summarise(metric, [r | r[n] | {"prediction": r[n]["answer"]} for r in rows]) for n in names}
+    kinds = list(dict.fromkeys(r["kind"] for r in rows))
+    say(f"{'kind':24}{'n':>6}{'plain':>8}" + (f"{'two-st.':>8}{'change':>8}{'lost':>6}{'won':>6}{'RoI %':>7}{'s plain':>9}{'s two':>8}"
+        f"{'tokens':>8}{'recall':>8}{'IoU':>7}" if len(names) > 1 else f"{'s':>9}"))
+    for kind in [*kinds, "all"] if len(kinds) > 1 else kinds:
+        part = [r for r in rows if kind in (r["kind"], "all")]
+        plain = [r["plain"] for r in part]
+        line = f"{kind[:24]:24}{len(part):6}{100 * mean([p['score'] for p in plain]):8.1f}"
+        if len(names) > 1:
+            two = [r["two_stage"] for r in part]
+            lost = sum(p["score"] > t["score"] for p, t in zip(plain, two))
+            won = sum(p["score"] < t["score"] for p, t in zip(plain, two))
+            line += (f"{100 * mean([t['score'] for t in two]):8.1f}{100 * mean([t['score'] - p['score'] for p, t in zip(plain, two)]):+8.1f}"
+                     f"{lost:6}{won:6}{100 * mean([bool(t['boxes']) for t in two]):7.0f}{mean([p['seconds'] for p in plain]):9.3f}"
+                     f"{mean([t['seconds'] for t in two]):8.3f}{mean([t['visual_tokens'] for t in two]):8.0f}")
+            located = [t for t in two if "iou" in t]
+            line += f"{100 * mean([t['covers'] for t in located]):8.1f}{mean([t['iou'] for t in located]):7.2f}" if located else ""
+        else:
+            line += f"{mean([p['seconds'] for p in plain]):9.3f}"
+        say(line)
+    if len(names) > 1:
+        say("lost: plain right, two-stage wrong; won: the reverse; recall: the crops cover half of every true box")
+    result = {n: round(100 * whole[n]["score"], 2) for n in names} | {"questions": len(rows), "metric": metric}
+    return result | {"details": whole} if metric in ("pope", "hr") else result

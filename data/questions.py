@@ -6,7 +6,7 @@
 Left out: everything but the reading; the pictures themselves are not touched.
 """
 import json
-import math
+import re
 from pathlib import Path
 
 
@@ -15,7 +15,7 @@ class BadQuestions(Exception):
 
 
 def is_box(b):
-    return isinstance(b, list) and len(b) == 4 and all(type(x) in (int, float) and math.isfinite(x) for x in b)
+    return isinstance(b, list) and len(b) == 4 and all(type(x) in (int, float) and abs(x) < 1e7 for x in b)  # which NaN is not
 
 
 def is_list_of(check):
@@ -23,14 +23,15 @@ def is_list_of(check):
 
 
 def is_text(v):
-    return isinstance(v, str)
+    return isinstance(v, str) and not re.search("[\ud800-\udfff]", v)  # half a character: no tokeniser can read it
 
 
 CHECKS = {
     "answers": is_list_of(is_text), "boxes": is_list_of(is_box), "kind": is_text, "dataset": is_text,
     "metric": lambda v: v in ("exact", "vqa", "anls", "relaxed", "ocrbench", "letter", "hr", "pope"),
     "options": lambda v: isinstance(v, dict) and all(map(is_text, v.values())),
-    "max_new_tokens": lambda v: type(v) is int and 0 < v <= 1 << 20, "tau": lambda v: type(v) in (int, float) and 0 < v < 1,
+    "cycle": lambda v: isinstance(v, (str, int, float)), "max_new_tokens": lambda v: type(v) is int and 0 < v <= 1 << 20,
+    "tau": lambda v: type(v) in (int, float) and 0 < v < 1,
 }
 
 

@@ -5,8 +5,8 @@ The program that trained data/toy/llava-toy, a LLaVA-1.5 of 4.6 million paramete
 
 It stands in for CLIP's, the projector's and the instruction training, and may use all that the scenes know:
   1. tokeniser: sentencepiece BPE on the questions, with byte fallback, as LLaMA's.
-  2. tower: every patch must name the thing it lies on (shape, colour, dot, the characters of its text), in whole
-     pictures and in crops. No language yet.
+  2. tower: every patch must name the thing it lies on (shape, colour, dot, text), in whole
+     pictures and in crops; pages full of plates come first, to learn to read. No language yet.
   3. projector + decoder, tower frozen: several questions per picture in one sequence, pictures alone or with crops
      behind them, as SD-RPN's second stage will show them. For the first part of it, half of the heads of two middle
      layers are also pushed to look at the thing that is asked for (`aux`): the one thing that real pre-training finds
@@ -30,6 +30,7 @@ import sentencepiece
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -40,13 +41,14 @@ from clip import preprocess, preprocess_crop  # noqa: E402
 from model import SYSTEM, LLaVA, read_sizes, rope_table, rotate  # noqa: E402
 
 GRID, SIDE, CHUNK, VIEWS = 12, 168, 256, 3  # VIEWS: the whole picture and two crops
-FONT_PX, DOT_PX = (14, 52), (3, 13)  # wider than the default scenes: from unreadable to easy in the whole picture
+FONT_PX, DOT_PX = (18, 64), (4, 14)  # wider than the default scenes: from unreadable to easy in the whole picture
 TOWER = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4, image_size=SIDE, patch_size=14)
 DECODER = dict(hidden_size=160, intermediate_size=432, num_hidden_layers=8, num_attention_heads=5, num_key_value_heads=5,
                max_position_embeddings=2048, rms_norm_eps=1e-5, model_type="llama")
+READ_FIRST = 0.27  # share of the tower's steps that are pages alone: beside the easy lessons the hard one never starts
 AUX_LAYERS, AUX_HEADS = (4, 5), 2
-CHARS = "0123456789abcdefghijklmnopqrstuvwxyz"
-CLASSES = (len(scenes.SHAPES) + 1, len(scenes.COLOURS), len(scenes.COLOURS)) + (len(CHARS) + 1,) * 3  # what a patch must name
+TEXTS = [*"0123456789", *scenes.WORDS]
+CLASSES = (len(scenes.SHAPES) + 1, len(scenes.COLOURS), len(scenes.COLOURS), len(TEXTS))  # what a patch must name
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
@@ -64,6 +66,37 @@ def visible(view, box):
     w = min(view[2], box[2]) - max(view[0], box[0])
     h = min(view[3], box[3]) - max(view[1], box[1])
     return max(w, 0) * max(h, 0) / ((box[2] - box[0]) * (box[3] - box[1]))
+
+
+def crowded_scene(rng):
+    """16 things on a 4 x 4 grid, any shape any number of times: four times the lessons of a scene for the tower."""
+    things = []
+    for i in range(16):
+        side = rng.randint(100, 156)
+        x, y = 168 * (i % 4) + rng.randint(4, 164 - side), 168 * (i // 4) + rng.randint(4, 164 - side)
+        things.append(scenes.new_thing(rng, rng.choice(scenes.SHAPES), (x, y, x + side, y + side), [], FONT_PX, DOT_PX))
+    return scenes.draw_scene(rng, (672, 672), things)
+
+
+def page(rng):
+    """A page full of numbers and words on plates -> image, text class of each patch (N,): reading lessons by the dozen."""
+    font_px = scenes.log_uniform(rng, 18, 140)
+    cell = max(64, 1.9 * font_px + 24)
+    n = int(672 // cell)
+    image = Image.new("RGB", (672, 672), scenes.tint(rng, 120, 250))
+    draw, wanted = ImageDraw.Draw(image), np.full((GRID, GRID), -100, np.int64)
+    for i in range(n * n):
+        x, y = i % n * 672 / n, i // n * 672 / n
+        draw.rectangle((x, y, x + 672 / n, y + 672 / n), fill=rng.choice(list(scenes.COLOURS.values())) if rng.random() < 0.7 else None)
+        text, face = rng.choice(TEXTS), scenes.font(float(int(font_px * rng.uniform(0.75, 1))))
+        x0, y0, x1, y1 = face.getbbox(text)
+        w, h = x1 - x0 + 10, y1 - y0 + 10
+        x, y = x + rng.uniform(0, max(0, 672 / n - w)), y + rng.uniform(0, max(0, 672 / n - h))
+        draw.rounded_rectangle((x, y, x + w, y + h), radius=6, fill="white")
+        draw.text((x + 5 - x0, y + 5 - y0), text, fill="black", font=face)
+        columns, lines = ([c for c in range(GRID) if a < 56 * c + 28 < a + d] or [min(int((a + d / 2) / 56), GRID - 1)] for a, d in ((x, w), (y, h)))
+        wanted[np.ix_(lines, columns)] = TEXTS.index(text)
+    return image, wanted.ravel()
 
 
 def random_crop(scene, rng):
@@ -84,7 +117,7 @@ def random_crop(scene, rng):
 
 
 def targets(view, things):
-    """(N, 6) class of each patch: shape (last = none), colour, dot, three characters; -100 where it is not asked."""
+    """(N, 4) class of each patch: shape (last = none), colour, dot, text; -100 where it is not asked."""
     out = np.full((GRID * GRID, len(CLASSES)), -100, np.int64)
     out[:, 0] = len(scenes.SHAPES)
     colours = list(scenes.COLOURS)
@@ -96,12 +129,11 @@ def targets(view, things):
         out[cells, 0], out[cells, 1] = scenes.SHAPES.index(t.shape), colours.index(t.colour)
         if seen > 0.95:
             out[cells, 2] = colours.index(t.dot)
-            for i in range(3):
-                out[cells, 3 + i] = CHARS.index(t.text[i]) if i < len(t.text) else len(CHARS)
+            out[cells, 3] = TEXTS.index(t.text)
     return out
 
 
-def make_chunk(path, seed):
+def make_chunk(path, seed, crowded):
     """CHUNK scenes as arrays: pixels uint8 (n, 3 views, S, S, 3), patch classes, cells of things, questions."""
     pixels = np.zeros((CHUNK, VIEWS, SIDE, SIDE, 3), np.uint8)
     classes = np.zeros((CHUNK, VIEWS, GRID * GRID, len(CLASSES)), np.int8)
@@ -109,7 +141,7 @@ def make_chunk(path, seed):
     questions = []
     for i in range(CHUNK):
         rng = random.Random(f"{seed}/{i}")
-        scene = scenes.make_scene(rng, FONT_PX, DOT_PX, kind="same" if rng.random() < 0.3 else None)
+        scene = crowded_scene(rng) if crowded else scenes.make_scene(rng, FONT_PX, DOT_PX, kind="same" if rng.random() < 0.3 else None)
         w, h = scene.image.size
         side = max(w, h)
         x, y = (side - w) // 2, (side - h) // 2
@@ -118,9 +150,11 @@ def make_chunk(path, seed):
             image = preprocess(scene.image, SIDE) if v == 0 else preprocess_crop(scene.image, view, SIDE)
             pixels[i, v] = ((image * STD + MEAN) * 255).round().byte().permute(1, 2, 0).numpy()
             classes[i, v] = targets(view, scene.things)
-            for k, t in enumerate(scene.things):
+            for k, t in enumerate(scene.things[:0 if crowded else 6]):
                 if visible(view, t.box) > 0.6:
                     cells[i, v, k] = cells_over(view, t.box)
+        if crowded:
+            continue
         boxes = [list(t.box) for t in scene.things]
         questions.append([(q["question"], q["answers"][0], [boxes.index(b) for b in q["boxes"]], q["kind"])
                           for q in scenes.all_questions(scene, rng)])
@@ -130,35 +164,77 @@ def make_chunk(path, seed):
     os.replace(partial, path)
 
 
+def make_pages(path, seed):
+    """CHUNK x VIEWS pages, stored like scenes."""
+    pixels = np.zeros((CHUNK, VIEWS, SIDE, SIDE, 3), np.uint8)
+    classes = np.full((CHUNK, VIEWS, GRID * GRID, len(CLASSES)), -100, np.int8)
+    for i in range(CHUNK):
+        for v in range(VIEWS):
+            image, classes[i, v, :, 3] = page(random.Random(f"{seed}/{i}/{v}"))
+            pixels[i, v] = np.asarray(image.resize((SIDE, SIDE), Image.BICUBIC))
+    partial = path.with_suffix(f".{os.getpid()}")
+    with open(partial, "wb") as f:
+        np.savez(f, pixels=pixels, classes=classes, cells=np.zeros((CHUNK, VIEWS, 0)), questions=np.frombuffer(b"[]", np.uint8))
+    os.replace(partial, path)
+
+
 def make_chunks(folder, first, count, stride):
     os.nice(5)
     torch.set_num_threads(1)
+    makers = {"crowded": lambda path, n: make_chunk(path, f"pretrain/True/{n}", True),
+              "scenes": lambda path, n: make_chunk(path, f"pretrain/{n}", False), "pages": lambda path, n: make_pages(path, f"page/{n}")}
     for n in range(first, count, stride):
-        path = folder / f"{n:04d}.npz"
-        if not path.is_file():
-            make_chunk(path, f"pretrain/{n}")
+        for kind, make in makers.items():
+            path = folder / f"{kind}{n:04d}.npz"
+            if not path.is_file() and (kind != "pages" or n < 20):
+                make(path, n)
+
+
+def shift(x, dy, dx, fill):
+    """x (..., g, g) moved by one cell."""
+    out = np.full_like(x, fill)
+    out[..., max(dy, 0):GRID + min(dy, 0), max(dx, 0):GRID + min(dx, 0)] = x[..., max(-dy, 0):GRID + min(-dy, 0), max(-dx, 0):GRID + min(-dx, 0)]
+    return out
+
+
+def keep_cores(classes):
+    """Ask for a text only in the middle of its thing, where the plate is: three times peel off the outer patches, if that leaves any."""
+    text = classes[..., 3].reshape(*classes.shape[:-2], GRID, GRID).copy()
+    for _ in range(3):
+        inner = text >= 0
+        for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0)):
+            inner &= shift(text, dy, dx, -100) == text
+        near = inner.copy()
+        for dy in (-1, 0, 1):
+            for dx in (-1, 0, 1):
+                near |= shift(inner, dy, dx, False)
+        text[near & ~inner] = -100
+    classes[..., 3] = text.reshape(classes.shape[:-1])
 
 
 class Pool:
-    """Chunks on disk, read as they appear; the newest stays in memory with the others. Chunk 0 is for validation."""
+    """Chunks of one kind ("scenes", "crowded" or "pages"), read from disk as they appear. Chunk 0 is for validation."""
 
-    def __init__(self, folder):
-        self.folder, self.chunks, self.names = folder, [], []
+    def __init__(self, folder, kind):
+        self.folder, self.kind, self.chunks, self.names = folder, kind, [], []
 
     def refresh(self):
-        for path in sorted(self.folder.glob("????.npz")):
+        for path in sorted(self.folder.glob(f"{self.kind}????.npz")):
             if path.name not in self.names:
                 with np.load(path) as f:
                     chunk = {k: f[k] for k in ("pixels", "classes", "cells")}
                     chunk["questions"] = json.loads(f["questions"].tobytes())
+                if self.kind != "pages":
+                    keep_cores(chunk["classes"])
                 self.names.append(path.name)
                 self.chunks.append(chunk)
 
-    def sample(self, rng, b, validation=False):
+    def sample(self, rng, b):
         """b scenes as a list of (chunk, row)."""
-        if validation:
-            return [(self.chunks[0], i) for i in range(b)]
         return [(self.chunks[rng.randrange(1, len(self.chunks))], rng.randrange(CHUNK)) for _ in range(b)]
+
+    def validation(self, b):
+        return [(self.chunks[0], i) for i in range(b)]
 
 
 def to_pixels(arrays):
@@ -187,31 +263,33 @@ def train_tokenizer(path):
 
 def tower_loss(llava, heads, batch, rng):
     """Cross-entropy of what each patch lies on, for one random view of each scene."""
-    views = [rng.choice([0, 0, 1, 2]) for _ in batch]
+    views = [rng.choice([0, 1, 2]) for _ in batch]
     pixels = to_pixels([c["pixels"][i, v] for (c, i), v in zip(batch, views)])
-    wanted = torch.from_numpy(np.stack([c["classes"][i, v] for (c, i), v in zip(batch, views)]).astype(np.int64))  # (b, N, 6)
+    wanted = torch.from_numpy(np.stack([c["classes"][i, v] for (c, i), v in zip(batch, views)]).astype(np.int64))  # (b, N, 4)
     logits = heads(llava.vision_tower(pixels)).float().split(CLASSES, -1)
     loss, right = 0.0, []
     for k, part in enumerate(logits):
+        right.append(part.argmax(-1) == wanted[..., k])
+        if not (wanted[..., k] >= 0).any():  # pages teach texts only
+            continue
         weight = torch.ones(CLASSES[k])
         if k == 0:
             weight[-1] = 0.1  # most patches lie on nothing
         loss = loss + F.cross_entropy(part.flatten(0, 1), wanted[..., k].flatten(), weight, ignore_index=-100)
-        right.append(part.argmax(-1) == wanted[..., k])
     return loss, torch.stack(right, -1), wanted, views
 
 
 def tower_report(llava, heads, pool):
-    """Share of patches named right on validation scenes: things' shape, dot, all characters; whole pictures and crops."""
+    """Share of patches named right on validation scenes: things' shape, dot and text; whole pictures and crops."""
     words = []
     for name, view in (("whole", 0), ("crop", 1)):
         rng = random.Random(0)
         rng.choice = lambda _: view
-        _, right, wanted, _ = tower_loss(llava, heads, pool.sample(rng, 128, validation=True), rng)
+        _, right, wanted, _ = tower_loss(llava, heads, pool.validation(128), rng)
         on = wanted[..., 0] < len(scenes.SHAPES)
         on &= wanted[..., 0] >= 0
         text = wanted[..., 3] >= 0
-        share = [right[..., 0][on], right[..., 2][text], right[..., 3:].all(-1)[text]]
+        share = [right[..., 0][on], right[..., 2][text], right[..., 3][text]]
         words.append(f"{name} shape {share[0].float().mean():.3f} dot {share[1].float().mean():.3f} text {share[2].float().mean():.3f}")
     return " | ".join(words)
 
@@ -223,7 +301,7 @@ def conversation(llava, questions):
     ids = ids[ids.index(llava.image_token) + 1:]
     ids += llava.tokenizer.encode(pairs[-1][1]) + [2]
     ends = [i for i, t in enumerate(ids) if t == 2]
-    spans, start = [], 0
+    spans = []
     for (q, a), end in zip(pairs, ends):
         n = len(llava.tokenizer.encode(a))
         spans.append((end - n - 1, n + 1))  # the ':' before the answer, and the answer with EOS
@@ -246,8 +324,11 @@ def decoder_batch(llava, batch, rng, crops, turns=5, first_kind=None, keep=GRID 
     look = torch.cat([cells[:, v].gather(2, chosen[v][:, None].expand(-1, 6, -1)) for v in range(len(views))], 2)  # (b, 6, columns)
     texts, all_spans, asked = [], [], []
     for row, (c, i) in enumerate(batch):
-        questions = list(c["questions"][i])
+        questions, nth = list(c["questions"][i]), {}
         rng.shuffle(questions)
+        for q in questions:  # the kinds take turns, in random order
+            nth[q[0]] = sum(other[3] == q[3] for other in questions[:len(nth)]) + 0.9 * rng.random()
+        questions.sort(key=lambda q: nth[q[0]])
         if crops and rng.random() < about_crop:  # ask first what the crop shows
             shown = {k for k in range(6) if cells[row, 1:, k].any()}
             questions.sort(key=lambda q: not (q[2] and set(q[2]) <= shown))
@@ -313,7 +394,7 @@ def decoder_report(llava, pool):
         share = []
         for crops in (0, 1):
             rng = random.Random(1)
-            _, looking, right = decoder_loss(llava, pool.sample(rng, 128, validation=True), rng, aux=float(crops == 0), crops=crops, turns=1,
+            _, looking, right = decoder_loss(llava, pool.validation(128), rng, aux=float(crops == 0), crops=crops, turns=1,
                                              first_kind=kind, about_crop=1.0)
             share.append(right.float().mean())
         words.append(f"{kind} {share[0]:.2f}/{share[1]:.2f}")
@@ -343,8 +424,9 @@ def load_state(path, modules, optimizer=None):
     return info
 
 
-def train(phase, llava, heads, pool, args, log):
-    steps, b, lr = (args.tower_steps, 64, 2e-3) if phase == "tower" else (args.decoder_steps, 32, 1.5e-3)
+def train(phase, llava, heads, pools, args, log):
+    pool, crowded, pages = pools
+    steps, b, lr = (args.tower_steps, 32, 2e-3) if phase == "tower" else (args.decoder_steps, 16, 1.2e-3)
     modules = {"llava": llava, "heads": heads}
     trained = [llava.vision_tower, heads] if phase == "tower" else [llava.multi_modal_projector, llava.language_model, llava.lm_head]
     llava.requires_grad_(False)
@@ -357,20 +439,26 @@ def train(phase, llava, heads, pool, args, log):
     began, mean = time.time(), {}
     while step < steps:
         if step % 100 == 0:
-            pool.refresh()
+            for p in pools:
+                p.refresh()
         rng = random.Random(f"{phase}/{step}")
         torch.manual_seed(step)
         warm = min(1, (step + 1) / 200)
         optimizer.param_groups[0]["lr"] = lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        batch = pool.sample(rng, b)
+        if phase == "decoder":
+            batch = pool.sample(rng, b)
+        elif step < READ_FIRST * steps:
+            batch = pages.sample(rng, b)
+        else:
+            batch = pool.sample(rng, b // 4) + crowded.sample(rng, b // 2) + pages.sample(rng, b // 4)
         with torch.autocast("cpu", torch.bfloat16):
             if phase == "tower":
                 loss, right, wanted, _ = tower_loss(llava, heads, batch, rng)
                 shown = {"loss": loss.item()}
             else:
                 aux = 0.5 * max(0.0, 1 - step / (0.8 * steps))  # the push fades, and is gone for the last fifth
-                crops = rng.choices([0, 1, 2], [0.45, 0.4, 0.15])[0]
-                answer, looking, right = decoder_loss(llava, batch, rng, aux, crops=crops, keep=rng.choice([144, 144, rng.randint(20, 144)]))
+                crops = rng.choices([0, 1, 2], [0.5, 0.4, 0.1])[0]
+                answer, looking, right = decoder_loss(llava, batch, rng, aux, crops=crops, keep=rng.choice([144, rng.randint(24, 100), rng.randint(24, 100)]))
                 loss = answer + aux * looking
                 shown = {"answer": answer.item(), "all right": right.float().mean().item()}
                 if aux > 0:
@@ -446,24 +534,25 @@ def main():
     parser = argparse.ArgumentParser(description="Train the toy LLaVA; run it again to go on.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--work", type=Path, default=HERE.parent.parent / "out" / "pretrain", help="scenes, checkpoints and log of the training")
     parser.add_argument("--out", type=Path, default=HERE / "llava-toy", help="the finished model")
-    parser.add_argument("--chunks", type=int, default=58, help=f"how many times {CHUNK} scenes to draw (64 MB each, in memory)")
-    parser.add_argument("--tower-steps", type=int, default=3600)
-    parser.add_argument("--decoder-steps", type=int, default=3000)
+    parser.add_argument("--chunks", type=int, default=50, help=f"how many times {CHUNK} scenes and {CHUNK} crowded ones to draw (64 MB each, in memory)")
+    parser.add_argument("--tower-steps", type=int, default=5400)
+    parser.add_argument("--decoder-steps", type=int, default=2600)
     args = parser.parse_args()
     (args.work / "chunks").mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(os.cpu_count())
     makers = [multiprocessing.Process(target=make_chunks, args=(args.work / "chunks", k, args.chunks, 2), daemon=True) for k in range(2)]
     for m in makers:
         m.start()
-    llava, pool = build(args.work), Pool(args.work / "chunks")
+    llava, pools = build(args.work), [Pool(args.work / "chunks", kind) for kind in ("scenes", "crowded", "pages")]
     heads = nn.Linear(TOWER["hidden_size"], sum(CLASSES))
     print(f"{sum(p.numel() for p in llava.parameters()) / 1e6:.2f} million parameters", flush=True)
-    while len(pool.chunks) < min(4, args.chunks):
+    while min(len(p.chunks) for p in pools) < min(4, args.chunks):
         time.sleep(2)
-        pool.refresh()
+        for p in pools:
+            p.refresh()
     with open(args.work / "pretrain.log", "a") as log:
         for phase in ("tower", "decoder"):
-            train(phase, llava, heads, pool, args, log)
+            train(phase, llava, heads, pools, args, log)
     export(llava, args.work, args.out)
     print(f"wrote {args.out}")
 
