@@ -19,6 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from data.files import BadInput
+
 if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 5):  # enable_gqa of the attention kernel, torch.OutOfMemoryError
     sys.exit(print(f"torch {torch.__version__}: too old, 2.5 is needed; pip install --upgrade torch", file=sys.stderr) or 2)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -29,10 +31,6 @@ VIT_L_14_336 = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=
                     image_size=336, patch_size=14, layer_norm_eps=1e-5, hidden_act="quick_gelu", num_channels=3)
 Image.MAX_IMAGE_PIXELS = None  # our own limits are checked before any pixel is decoded
 warnings.filterwarnings("ignore", module="PIL")  # a file that Pillow only grumbles about is readable
-
-
-class BadInput(Exception):
-    """Something the user gave is wrong; the message is one line: the file, the problem, the remedy."""
 
 
 # ----------------------------------------------------------------------------------------------- pixels

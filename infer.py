@@ -20,7 +20,7 @@ import torch
 from clip import BadInput, load_image
 from data import draw, metrics
 from data.files import read_rows
-from data.questions import BadQuestions, read_questions
+from data.questions import read_questions
 from model import ROOT, LLaVA, find_checkpoint, read_json, run_name
 from sdrpn import RPN, answer, load_recipe
 
@@ -207,7 +207,7 @@ def main(argv=None):
         result = one(llava, rpn, image, args.question, args, tau, (), save)
         say("crops " + (", ".join(map(str, result.boxes)) or "none") + " | " + ", ".join(f"{k} {v:.0f} ms" for k, v in result.ms.items()))
         print(as_json(result, args, tau, llava, rpn) if args.json else result.text)
-    except (BadInput, BadQuestions, FloatingPointError) as e:
+    except (BadInput, FloatingPointError) as e:
         fail(e)
     except (torch.OutOfMemoryError, MemoryError):
         fail("out of memory; use --dtype float16, lower --max-new-tokens, or --device cpu")

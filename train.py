@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from clip import BadInput, load_image, preprocess
 from data import draw, metrics
 from data.files import Labels, write_file, write_text
-from data.questions import BadQuestions, read_questions
+from data.questions import read_questions
 from data.toy.scenes import ToyQuestions
 from model import ROOT, LLaVA, find_checkpoint, read_json, run_name
 from sdrpn import (RPN, answer, assign_labels, load_recipe, regions_above, roi_loss_sum, smooth, teach)
@@ -390,7 +390,8 @@ def true_mask(boxes, grid, size):
     side, mask = max(size), torch.zeros(grid, grid, dtype=torch.bool)
     pad, cell = [(side - s) // 2 for s in size], side / grid
     for x0, y0, x1, y1 in boxes:
-        mask[math.floor((y0 + pad[1]) / cell):math.ceil((y1 + pad[1]) / cell), math.floor((x0 + pad[0]) / cell):math.ceil((x1 + pad[0]) / cell)] = True
+        x0, x1, y0, y1 = (max(v, 0) for v in (x0 + pad[0], x1 + pad[0], y0 + pad[1], y1 + pad[1]))
+        mask[int(y0 / cell):math.ceil(y1 / cell), int(x0 / cell):math.ceil(x1 / cell)] = True
     return mask if mask.any() else None
 
 
@@ -441,7 +442,7 @@ def parser():
     p.add_argument("--seed", type=int, default=0, help="order of the data")
     p.add_argument("--batch-size", type=int, help="samples a student's micro-batch; lower it when the GPU runs out of memory")
     p.add_argument("--grad-accum", type=int, help="micro-batches a step; a step is batch-size x grad-accum samples on any number of processes")
-    p.add_argument("--teacher-batch", type=int, default=16, help="questions answered together; lower it when the teacher runs out of memory")
+    p.add_argument("--teacher-batch", type=int, default=8, help="questions answered together; lower it when the teacher runs out of memory")
     p.add_argument("--lr", type=float, help="peak learning rate; lower it if the loss jumps")
     p.add_argument("--epochs", type=int, help="passes over the questions; labels are made in the first only")
     p.add_argument("--frozen-layers", type=int, help="B: decoder layers below the RPN (Table 4a)")
@@ -479,7 +480,7 @@ def main(argv=None):
         run.train()
         if run.rank == 0:
             finish(run)
-    except (BadInput, BadQuestions, FloatingPointError) as e:
+    except (BadInput, FloatingPointError) as e:
         fail(e)
     except (torch.OutOfMemoryError, MemoryError):
         fail("out of memory; lower --teacher-batch, then --batch-size (raise --grad-accum as much); the same command goes on")

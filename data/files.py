@@ -13,6 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
+class BadInput(Exception):
+    """Something the user gave is wrong; the message is one line: the file, the problem, the remedy."""
+
+
 def write_file(path, write):
     """write(name) under another name, flushed, then renamed. Raises OSError, and `path` is what it was."""
     partial = path.with_name(path.name + ".partial")

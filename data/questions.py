@@ -9,9 +9,7 @@ import json
 import re
 from pathlib import Path
 
-
-class BadQuestions(Exception):
-    """One line: the file, the line number, the problem, the remedy."""
+from data.files import BadInput
 
 
 def is_box(b):
@@ -38,13 +36,13 @@ CHECKS = {
 def read_questions(path, images=None):
     """-> (list of dicts, image root). `question` becomes a list of turns; image paths stay relative to the root.
 
-    The root is `images`, else what the first line says, else the file's own folder. Raises BadQuestions.
+    The root is `images`, else what the first line says, else the file's own folder. Raises BadInput.
     """
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError, ValueError) as e:
-        raise BadQuestions(f"{path}: not readable as text ({getattr(e, 'strerror', None) or e}); give a file with one JSON object a line") from None
+        raise BadInput(f"{path}: not readable as text ({getattr(e, 'strerror', None) or e}); give a file with one JSON object a line") from None
     root, questions = Path(images or path.parent), []
     for number, line in enumerate(lines, 1):
         where = f"{path} line {number}"
@@ -53,24 +51,24 @@ def read_questions(path, images=None):
         try:
             q = json.loads(line)
         except (ValueError, RecursionError) as e:
-            raise BadQuestions(f"{where}: not JSON ({str(e)[:80]}); one object a line is needed") from None
+            raise BadInput(f"{where}: not JSON ({str(e)[:80]}); one object a line is needed") from None
         if not isinstance(q, dict):
-            raise BadQuestions(f"{where}: not a JSON object in braces")
+            raise BadInput(f"{where}: not a JSON object in braces")
         if not questions and set(q) == {"images"} and is_text(q["images"]):
             root = root if images else path.parent / q["images"]  # an absolute path replaces the folder
             continue
         turns = [q["question"]] if is_text(q.get("question")) else q.get("question")
         if not isinstance(turns, list) or not turns or not all(is_text(t) and t.strip() for t in turns):
-            raise BadQuestions(f"{where}: 'question' must be a non-empty text or a list of such texts")
+            raise BadInput(f"{where}: 'question' must be a non-empty text or a list of such texts")
         image = q.get("image")
         if not is_text(image) or not image:
-            raise BadQuestions(f"{where}: 'image' must be a path relative to {root}")
+            raise BadInput(f"{where}: 'image' must be a path relative to {root}")
         if Path(image).is_absolute() or ".." in Path(image).parts or "\0" in image:
-            raise BadQuestions(f"{where}: image {image[:80]!r} leaves the image root; use a path below {root}")
+            raise BadInput(f"{where}: image {image[:80]!r} leaves the image root; use a path below {root}")
         for key, good in CHECKS.items():
             if key in q and not good(q[key]):
-                raise BadQuestions(f"{where}: {key!r} has a wrong type or value: {str(q[key])[:60]}")
+                raise BadInput(f"{where}: {key!r} has a wrong type or value: {str(q[key])[:60]}")
         questions.append(q | {"question": turns})
     if not questions:
-        raise BadQuestions(f"{path}: holds no question; one JSON object a line is needed")
+        raise BadInput(f"{path}: holds no question; one JSON object a line is needed")
     return questions, root

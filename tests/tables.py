@@ -35,11 +35,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402 (the project is on the path only now)
 from clip import BadInput, preprocess, preprocess_crop  # noqa: E402
 from data import draw, metrics  # noqa: E402
-from data.questions import BadQuestions  # noqa: E402
 from data.toy.scenes import KINDS  # noqa: E402
 from data.metrics import overlap  # noqa: E402
 from model import ROOT, KVCache, LLaVA, find_checkpoint, read_json, read_sizes, run_name  # noqa: E402
-from sdrpn import (LLAVA_TRAINING, RPN, Answer, Clock, answer, assign_labels, load_recipe, picture_cells,  # noqa: E402
+from data.recipe import LLAVA_TRAINING  # noqa: E402
+from sdrpn import (RPN, Answer, Clock, answer, assign_labels, load_recipe, picture_cells,  # noqa: E402
                    response_attention, teach)
 from train import attention_mask, say, true_mask  # noqa: E402
 
@@ -557,7 +557,7 @@ def main(argv=None):
             raise BadInput(f"--values: {'numbers between 0 and 1' if thresholds else 'whole numbers from 1 on'} are needed for {args.what}")
         args.seeds = list(dict.fromkeys(args.seeds))
         COMMANDS[args.what](args)
-    except (BadInput, BadQuestions, FloatingPointError) as e:
+    except (BadInput, FloatingPointError) as e:
         fail(e)
     except (torch.OutOfMemoryError, MemoryError):
         fail("out of memory; use --dtype float16, lower --max-new-tokens, or --device cpu")

@@ -128,7 +128,7 @@ def test_toy_commands_run(tmp_path):
     """The commands a newcomer types first, in real processes, with the answer the README promises."""
     def run(*words):
         return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    command, promised = re.search(r"python (infer\.py data/toy/samples/0\.png \".*?\") +# prints: ([^;]+);", README).groups()
+    command, promised = re.search(r"python (infer\.py data/toy/samples/images/\d+\.png \".*?\") +# prints: ([^;]+);", README).groups()
     bundled = ["--ckpt", "toy", "--rpn", "data/toy/llava-toy/rpn.safetensors"]
     shown = run(*shlex.split(command), *bundled, "--save", str(tmp_path / "a.png"))
     assert shown.stdout.strip() == promised and (tmp_path / "a.png").is_file(), shown.stderr

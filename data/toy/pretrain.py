@@ -9,7 +9,7 @@ It stands in for CLIP's, the projector's and the instruction training, and may u
      pictures and in crops; pages full of plates come first, to learn to read. No language yet.
   3. projector + decoder, tower frozen: several questions per picture in one sequence, pictures alone or with crops
      behind them, as SD-RPN's second stage will show them. For the first part of it, half of the heads of two middle
-     layers are also pushed to look at the thing that is asked for (`aux`): the one thing that real pre-training finds
+     layers are also pushed to look at the thing that is asked for, and the residual stream to name it (`aux`): the one thing that real pre-training finds
      out by itself and that takes a model of this size hours. The push is gone before the end.
 Nothing of this is seen by the RPN's training, which has neither boxes nor answers.
 Left out: data parallelism, and any tuning beyond what made it work.
@@ -261,12 +261,21 @@ def train_tokenizer(path):
 
 # -------------------------------------------------------------------------------------- the two phases
 
+class Heads(nn.Module):
+    """Linear read-outs that only exist in training: what a patch lies on, which shapes a question names."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Linear(TOWER["hidden_size"], sum(CLASSES))
+        self.names = nn.Linear(DECODER["hidden_size"], len(scenes.SHAPES))
+
+
 def tower_loss(llava, heads, batch, rng):
     """Cross-entropy of what each patch lies on, for one random view of each scene."""
     views = [rng.choice([0, 1, 2]) for _ in batch]
     pixels = to_pixels([c["pixels"][i, v] for (c, i), v in zip(batch, views)])
     wanted = torch.from_numpy(np.stack([c["classes"][i, v] for (c, i), v in zip(batch, views)]).astype(np.int64))  # (b, N, 4)
-    logits = heads(llava.vision_tower(pixels)).float().split(CLASSES, -1)
+    logits = heads.patches(llava.vision_tower(pixels)).float().split(CLASSES, -1)
     loss, right = 0.0, []
     for k, part in enumerate(logits):
         right.append(part.argmax(-1) == wanted[..., k])
@@ -308,7 +317,7 @@ def conversation(llava, questions):
     return ids, spans
 
 
-def decoder_batch(llava, batch, rng, crops, turns=5, first_kind=None, keep=GRID * GRID, about_crop=0.5):
+def decoder_batch(llava, batch, rng, crops, turns=6, first_kind=None, keep=GRID * GRID, about_crop=0.5):
     """Image tokens (whole, then crops), padded text, labels and the cells each answer row should look at."""
     N = GRID * GRID
     views = [0] + rng.sample([1, 2], crops)
@@ -340,29 +349,31 @@ def decoder_batch(llava, batch, rng, crops, turns=5, first_kind=None, keep=GRID 
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     labels = torch.full((len(batch), width), -100)
     rows = torch.zeros(len(batch), 5 * turns, dtype=torch.long)
+    names = torch.zeros(len(batch), 5 * turns, len(scenes.SHAPES))  # which shapes the row's question names
     gaze = torch.zeros(len(batch), 5 * turns, images.shape[1], dtype=torch.bool)  # (b, rows, columns)
     for b, (text, spans) in enumerate(zip(texts, all_spans)):
         ids[b, :len(text)] = torch.tensor(text)
         r = 0
         for (start, n), q in zip(spans, asked[b]):
             labels[b, start:start + n] = torch.tensor(text[start + 1:start + 1 + n])
-            if q[2]:
-                for k in range(n):
-                    rows[b, r] = start + k
+            for k in range(n):
+                rows[b, r] = start + k
+                names[b, r] = torch.tensor([float(shape in q[0].rstrip("?").split()) for shape in scenes.SHAPES])
+                if q[2]:
                     gaze[b, r] = look[b, q[2]].any(0)
-                    r += 1
-    return images, ids, labels, rows, gaze
+                r += 1
+    return images, ids, labels, rows, gaze, names
 
 
-def decoder_loss(llava, batch, rng, aux, **how):
-    images, ids, labels, rows, gaze = decoder_batch(llava, batch, rng, **how)
+def decoder_loss(llava, names_head, batch, rng, aux, **how):
+    images, ids, labels, rows, gaze, names = decoder_batch(llava, batch, rng, **how)
     b = len(batch)
     before = [1, *llava.tokenizer.encode(f"{SYSTEM} USER: ")]
     embed = llava.language_model.embed_tokens
     h = torch.cat([embed(torch.tensor(before)).expand(b, -1, -1), llava.multi_modal_projector(images), embed(ids)], 1)  # (b, T, D)
     start, T = len(before), h.shape[1]
     columns = slice(start, start + images.shape[1])
-    looking, at = h.new_zeros(()), 0
+    looking, naming, at = h.new_zeros(()), h.new_zeros(()), 0
     for layer in AUX_LAYERS:
         h = llava.run(h, at, layer)
         at = layer
@@ -371,6 +382,9 @@ def decoder_loss(llava, batch, rng, aux, **how):
             a, x = block.self_attn, block.input_layernorm(h)
             cos, sin = rope_table(0, T, a.d, DECODER.get("rope_theta", 10000.0), h.device, torch.float32)
             at_rows = rows + columns.stop  # (b, R)
+            guess = names_head(h.gather(1, at_rows[..., None].expand(-1, -1, h.shape[-1]))).float()  # (b, R, shapes)
+            asked = names.any(-1)
+            naming = naming + 10 * F.binary_cross_entropy_with_logits(guess[asked], names[asked])
             q = a.split(a.q_proj(x))[:, :AUX_HEADS]  # (b, 2, T, d)
             q = rotate(q, (cos, sin)).gather(2, at_rows[:, None, :, None].expand(-1, AUX_HEADS, -1, a.d)).float()
             k = rotate(a.split(a.k_proj(x))[:, :AUX_HEADS], (cos, sin))[:, :, columns].float()
@@ -384,17 +398,17 @@ def decoder_loss(llava, batch, rng, aux, **how):
     loss = F.cross_entropy(logits, labels[wanted])
     right = torch.ones_like(labels, dtype=torch.bool)
     right[wanted] = logits.argmax(-1) == labels[wanted]
-    return loss, looking / len(AUX_LAYERS), right.all(-1)
+    return loss, (looking + naming) / len(AUX_LAYERS), right.all(-1)
 
 
-def decoder_report(llava, pool):
+def decoder_report(llava, names_head, pool):
     """First-turn answers right (teacher-forced) on validation scenes, whole picture alone and with a crop that shows the thing."""
     words = []
     for kind in scenes.KINDS:
         share = []
         for crops in (0, 1):
             rng = random.Random(1)
-            _, looking, right = decoder_loss(llava, pool.validation(128), rng, aux=float(crops == 0), crops=crops, turns=1,
+            _, looking, right = decoder_loss(llava, names_head, pool.validation(128), rng, aux=0, crops=crops, turns=1,
                                              first_kind=kind, about_crop=1.0)
             share.append(right.float().mean())
         words.append(f"{kind} {share[0]:.2f}/{share[1]:.2f}")
@@ -426,9 +440,9 @@ def load_state(path, modules, optimizer=None):
 
 def train(phase, llava, heads, pools, args, log):
     pool, crowded, pages = pools
-    steps, b, lr = (args.tower_steps, 32, 2e-3) if phase == "tower" else (args.decoder_steps, 16, 1.2e-3)
+    steps, b, lr = (args.tower_steps, 32, 2e-3) if phase == "tower" else (args.decoder_steps, 16, 1.6e-3)
     modules = {"llava": llava, "heads": heads}
-    trained = [llava.vision_tower, heads] if phase == "tower" else [llava.multi_modal_projector, llava.language_model, llava.lm_head]
+    trained = [llava.vision_tower, heads] if phase == "tower" else [llava.multi_modal_projector, llava.language_model, llava.lm_head, heads.names]
     llava.requires_grad_(False)
     parameters = [p for m in trained for p in m.requires_grad_(True).parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
@@ -456,9 +470,9 @@ def train(phase, llava, heads, pools, args, log):
                 loss, right, wanted, _ = tower_loss(llava, heads, batch, rng)
                 shown = {"loss": loss.item()}
             else:
-                aux = 0.5 * max(0.0, 1 - step / (0.8 * steps))  # the push fades, and is gone for the last fifth
-                crops = rng.choices([0, 1, 2], [0.5, 0.4, 0.1])[0]
-                answer, looking, right = decoder_loss(llava, batch, rng, aux, crops=crops, keep=rng.choice([144, rng.randint(24, 100), rng.randint(24, 100)]))
+                aux = max(0.0, 1 - step / (0.8 * steps))  # the push fades, and is gone for the last fifth
+                crops = rng.choices([0, 1, 2], [0.6, 0.35, 0.05])[0]
+                answer, looking, right = decoder_loss(llava, heads.names, batch, rng, aux, crops=crops, keep=rng.choice([144, rng.randint(24, 100), rng.randint(24, 100)]))
                 loss = answer + aux * looking
                 shown = {"answer": answer.item(), "all right": right.float().mean().item()}
                 if aux > 0:
@@ -477,7 +491,7 @@ def train(phase, llava, heads, pools, args, log):
                    + " ".join(f"{k} {v:.3f}" for k, v in mean.items())
             if step % 500 == 0 or step == steps:
                 with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                    line += " || " + (tower_report(llava, heads, pool) if phase == "tower" else decoder_report(llava, pool))
+                    line += " || " + (tower_report(llava, heads, pool) if phase == "tower" else decoder_report(llava, heads.names, pool))
                 save_state(path, modules, optimizer, {"step": step, "seconds": seconds + time.time() - began})
             print(line, file=log, flush=True)
             print(line, flush=True)
@@ -536,7 +550,7 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE / "llava-toy", help="the finished model")
     parser.add_argument("--chunks", type=int, default=50, help=f"how many times {CHUNK} scenes and {CHUNK} crowded ones to draw (64 MB each, in memory)")
     parser.add_argument("--tower-steps", type=int, default=5400)
-    parser.add_argument("--decoder-steps", type=int, default=2600)
+    parser.add_argument("--decoder-steps", type=int, default=2200)
     args = parser.parse_args()
     (args.work / "chunks").mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(os.cpu_count())
@@ -544,7 +558,7 @@ def main():
     for m in makers:
         m.start()
     llava, pools = build(args.work), [Pool(args.work / "chunks", kind) for kind in ("scenes", "crowded", "pages")]
-    heads = nn.Linear(TOWER["hidden_size"], sum(CLASSES))
+    heads = Heads()
     print(f"{sum(p.numel() for p in llava.parameters()) / 1e6:.2f} million parameters", flush=True)
     while min(len(p.chunks) for p in pools) < min(4, args.chunks):
         time.sleep(2)
