@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from clip import BadInput, preprocess_crop
 from data.files import write_file
 from data.recipe import RECIPES, faults
-from model import Block, KVCache, RMSNorm, open_safetensors, open_shards, read_json, rope_table
+from model import Block, KVCache, RMSNorm, open_safetensors, open_shards, read_json, rope_table, wider
 
 
 def load_recipe(llava):
@@ -201,7 +201,7 @@ class ScoreLayer(nn.Module):
         q = self.self_attn.q_proj(self.input_layernorm(queries)).unflatten(-1, (-1, self.d)).transpose(1, 2)  # (b, H, n, d)
         k = self.self_attn.k_proj(self.input_layernorm(image)).unflatten(-1, (-1, self.d)).transpose(1, 2)  # (b, Hkv, N, d)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (b, H, N, d)
-        return (q @ k.mT).float() / self.d ** 0.5
+        return (q @ k.mT).to(wider(q.dtype)) / self.d ** 0.5
 
 
 class RPN(nn.Module):
@@ -219,7 +219,7 @@ class RPN(nn.Module):
         self.path = None
 
     def score(self, hidden, image, rows):
-        """Eq. 3-5: hidden states after the frozen layers (b, T, D) -> per-head scores (b, H, n, N) in float32.
+        """Eq. 3-5: hidden states after the frozen layers (b, T, D) -> per-head scores (b, H, n, N) in float32 or wider.
 
         rows: positions of the n query tokens, the last prompt token before each response: one forward pass for all turns.
         """
@@ -238,7 +238,7 @@ class RPN(nn.Module):
 
     def logits(self, hidden, columns):
         """The last token is the query: (1, T, D) -> (g, g)."""
-        return self.score(hidden, columns, [-1])[0].mean(0).view(math.isqrt(columns.stop - columns.start), -1)
+        return self.score(hidden, columns, [-1])[0].mean(0).float().view(math.isqrt(columns.stop - columns.start), -1)
 
     @classmethod
     def from_layers(cls, llava, frozen, layers):

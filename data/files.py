@@ -25,8 +25,8 @@ def write_file(path, write):
         with open(partial, "rb+") as f:
             os.fsync(f.fileno())
         partial.replace(path)
-    except SafetensorError as e:  # how safetensors reports a full disk
-        raise OSError(None, str(e), str(path)) from None
+    except (OSError, SafetensorError) as e:  # safetensors reports a full disk in its own way
+        raise OSError(getattr(e, "errno", None), getattr(e, "strerror", None) or str(e), str(path)) from None
     finally:
         partial.unlink(missing_ok=True)
 

@@ -461,7 +461,7 @@ def kills(count, seed, folder):
             process, moment = start(how, folder / f"log{runs}"), rng.uniform(0, length)
             while (now := cpu_seconds(process.pid)) is not None and now < moment:
                 time.sleep(0.001)
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             if finish(process) == -signal.SIGKILL:
                 done, moments = done + 1, [*moments, round(moment, 3)]
         code = finish(start(how, folder / f"log{runs}"))

@@ -550,7 +550,7 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE / "llava-toy", help="the finished model")
     parser.add_argument("--chunks", type=int, default=50, help=f"how many times {CHUNK} scenes and {CHUNK} crowded ones to draw (64 MB each, in memory)")
     parser.add_argument("--tower-steps", type=int, default=5400)
-    parser.add_argument("--decoder-steps", type=int, default=2200)
+    parser.add_argument("--decoder-steps", type=int, default=1950)
     args = parser.parse_args()
     (args.work / "chunks").mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(os.cpu_count())
