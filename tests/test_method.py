@@ -668,7 +668,7 @@ def test_all_turns_in_one_pass(load, tmp_path):
     assert scores.shape == (2, 6, 3, 36)
     for n in range(3):
         alone = rpn(llava, image, turns[n], list(zip(turns[:n], responses)))
-        assert torch.allclose(scores[0, :, n].mean(0), alone.flatten(), atol=1e-6)
+        assert torch.allclose(scores[0, :, n].mean(0).float(), alone.flatten(), atol=1e-6)
     assert not torch.allclose(scores[0], scores[1], atol=1e-2) and not torch.allclose(scores[:, :, 0], scores[:, :, 1], atol=1e-2)
 
 
