@@ -46,11 +46,16 @@ class Labels:
     def refresh(self):
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
-                with safe_open(path, framework="pt") as f:
-                    for row, i in enumerate(f.get_tensor("samples").tolist()):
-                        self.where[i] = path, row
-            except SafetensorError:  # the disk's doing, not ours: these are made again
+                samples, targets, responses = self.load(path)
+                self.where |= {i: (path, row) for i, row, _, _ in zip(samples, range(len(samples)), targets, responses, strict=True)}
+            except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):  # the disk's doing, not ours: these are made again
                 path.unlink(missing_ok=True)
+
+    def load(self, path):
+        """-> samples, their targets (n, N), their n responses."""
+        with safe_open(path, framework="pt") as f:
+            return (f.get_tensor("samples").tolist(), f.get_tensor("targets").split(f.get_tensor("turns").tolist()),
+                    json.loads(f.metadata()["responses"]))
 
     def write(self, name, samples, targets, responses):
         """targets: one (n, N) tensor a sample; responses: n texts a sample."""
@@ -64,9 +69,7 @@ class Labels:
         """-> targets (n, N) and the n responses."""
         path, row = self.where[sample]
         if path != self.opened:  # the samples of a file are mostly read one after the other
-            with safe_open(path, framework="pt") as f:
-                self.opened, self.responses = path, json.loads(f.metadata()["responses"])
-                self.targets = f.get_tensor("targets").split(f.get_tensor("turns").tolist())
+            (_, self.targets, self.responses), self.opened = self.load(path), path
         return self.targets[row], self.responses[row]
 
 

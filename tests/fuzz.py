@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -305,7 +306,7 @@ def hang(*_):
 
 
 def attempt(program, argv, case):
-    """Call main(argv) in this process -> what is wrong with how it ended (None: nothing), and what it said."""
+    """Call main(argv) in this process -> what is wrong with how it ended (None: nothing), what it said, the exit code."""
     module, said, code = PROGRAMS[program], io.StringIO(), 0
     infer.ROOT = train.ROOT = case
     before = signal.signal(signal.SIGPROF, hang)
@@ -317,15 +318,15 @@ def attempt(program, argv, case):
     except SystemExit as e:
         code = e.code or 0
     except Hang:
-        return f"more than {SECONDS} s of CPU time", said.getvalue()
+        return f"more than {SECONDS} s of CPU time", said.getvalue(), None
     except BaseException:  # also KeyboardInterrupt: nobody pressed it
-        return "a traceback", said.getvalue() + traceback.format_exc()
+        return "a traceback", said.getvalue() + traceback.format_exc(), None
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
         sys.stdin = stdin
         infer.ROOT = train.ROOT = ROOT
-    return judge(program, code, said.getvalue(), case), said.getvalue()
+    return judge(program, code, said.getvalue(), case), said.getvalue(), code
 
 
 def judge(program, code, said, case):
@@ -352,20 +353,20 @@ def fuzz(seed, indices, folder, every=500):
     torch.set_num_threads(1)
     limit_memory()
     folder = Path(folder)
-    world, failures, codes, began = World(folder / "intact"), [], {}, time.time()
+    world, failures, ended, began = World(folder / "intact"), [], Counter(), time.time()
     for n, i in enumerate(indices, 1):
         case = folder / f"case-{seed}-{i}"
         case.mkdir()
         program, argv = make_case(world, seed, i, case)
-        wrong, said = attempt(program, argv, case)
-        codes[program, bool(wrong)] = codes.get((program, bool(wrong)), 0) + 1
+        wrong, said, code = attempt(program, argv, case)
+        ended[f"{program} {code}"] += 1
         if wrong:
             failures.append((i, program, wrong, case))
             print(f"--- case {i} of seed {seed}: {wrong}: python {program} {' '.join(map(str, argv))!r}\n{said[-1500:]}", flush=True)
         else:
             shutil.rmtree(case)
         if n % every == 0:
-            print(f"{n} cases, {len(failures)} failures, {time.time() - began:.0f} s, {memory():.2f} GB at most", flush=True)
+            print(f"{n} cases, {len(failures)} failures, {time.time() - began:.0f} s, {memory():.2f} GB at most; exit codes {dict(ended)}", flush=True)
     return failures
 
 
@@ -495,7 +496,7 @@ def main(argv=None):
         program, argv = make_case(world, args.seed, args.only, case)
         limit_memory()
         print("python", program, *argv)
-        wrong, said = attempt(program, argv, case)
+        wrong, said, _ = attempt(program, argv, case)
         print(said, wrong or "passes", sep="\n")
         return bool(wrong)
     else:

@@ -452,7 +452,7 @@ def end_at(monkeypatch, llava, token):
     """From now on the model says EOS wherever it would have said `token`: the same row of the head, a hair longer."""
     rows = llava.lm_head.weight.detach().clone()
     rows[EOS] = 1.001 * rows[token]
-    monkeypatch.setattr(llava.lm_head, "weight", torch.nn.Parameter(rows, requires_grad=False))
+    monkeypatch.setitem(llava.lm_head._parameters, "weight", torch.nn.Parameter(rows, requires_grad=False))
 
 
 def classroom(llava):
@@ -539,7 +539,7 @@ def test_rows_of_the_head_without_a_piece_are_never_chosen(load, monkeypatch, de
     llava.generate(image, "What is this?", 8)
     hidden, [free] = decoded[-1]
     rows[pieces:] = 2 * rows[free[0]]
-    monkeypatch.setattr(llava.lm_head, "weight", torch.nn.Parameter(rows, requires_grad=False))
+    monkeypatch.setitem(llava.lm_head._parameters, "weight", torch.nn.Parameter(rows, requires_grad=False))
     llava.generate(image, "What is this?", 8)
     assert llava.head(hidden).argmax() >= pieces and decoded[-1][1] == [free]
 
