@@ -16,6 +16,7 @@ Left out: data parallelism, and any tuning beyond what made it work.
 Shapes: b batch, g = 12 patches a side, N = 144, C tower width, D decoder width.
 """
 import argparse
+import io
 import json
 import math
 import multiprocessing
@@ -253,10 +254,10 @@ def train_tokenizer(path):
     lines += ["a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J K L M N O P Q R S T U V W X Y Z , . ? ! ' - : ; ( ) \" /"]
     lines += [" ".join("0123456789")] * 20
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(path.with_suffix("")), model_type="bpe", vocab_size=590, byte_fallback=True,
+        sentence_iterator=iter(lines), model_writer=(model := io.BytesIO()), model_type="bpe", vocab_size=590, byte_fallback=True,
         split_digits=True, normalization_rule_name="identity", add_dummy_prefix=True, remove_extra_whitespaces=False,
         character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
-    path.with_suffix(".vocab").unlink()
+    path.write_bytes(model.getvalue())
 
 
 # -------------------------------------------------------------------------------------- the two phases
