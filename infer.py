@@ -30,7 +30,7 @@ def say(*words):
 
 
 def choose(args):
-    """-> LLaVA, RPN (None in plain mode), the RPN's path. What was chosen is said; nothing falls back in silence."""
+    """-> LLaVA, RPN (None in plain mode). What was chosen is said; nothing falls back in silence."""
     ckpt, path, last = args.ckpt, args.rpn, ROOT / "out" / "last"
     if not ckpt and not path and last.is_file():
         run = ROOT / "out" / last.read_text().strip()
@@ -46,6 +46,8 @@ def choose(args):
                            "or use --mode plain")
     llava = LLaVA.load(folder, args.device, args.dtype)
     rpn = RPN.load(path, llava) if args.mode != "plain" else None
+    if rpn and rpn.loss != "bce":
+        raise BadInput(f"{rpn.path}: trained with --loss {rpn.loss}, so its map is no probability; only tests/tables.py reads it")
     say(f"checkpoint {folder}, RPN {rpn.path if rpn else 'none'}, {llava.device} ({'--device' if args.device else 'default'}), "
         f"{str(llava.dtype)[6:]} ({'--dtype' if args.dtype else 'default for this size and device'})")
     return llava, rpn
@@ -72,17 +74,16 @@ def check_question(text):
     return text
 
 
-def one(llava, rpn, image, question, args, tau, history=(), save=None):
+def one(llava, rpn, image, question, args, tau, history, save):
     """Answer, and draw the picture with the plain answer beside it. Returns the result."""
     limit = args.max_new_tokens or 128
     result = answer(llava, rpn, image, check_question(question), args.mode, tau, limit, history)
-    if save:
-        answers = {"two-stage": result.text} if args.mode != "plain" else {}
-        plain = result.text if not result.boxes else llava.generate(image, question, limit, history)
-        heat = result.logits.sigmoid().numpy() if result.logits is not None else None
-        draw.save(draw.answer_picture(image, heat, result.boxes, [image.crop(b) for b in result.boxes], question,
-                                      {"plain": plain} | answers), save)
-        say(f"picture {save}")
+    answers = {"two-stage": result.text} if args.mode != "plain" else {}
+    plain = result.text if not result.boxes else llava.generate(image, question, limit, history)
+    heat = result.logits.sigmoid().numpy() if result.logits is not None else None
+    draw.save(draw.answer_picture(image, heat, result.boxes, [image.crop(b) for b in result.boxes], question,
+                                  {"plain": plain} | answers), save)
+    say(f"picture {save}")
     return result
 
 
@@ -96,7 +97,8 @@ def converse(llava, rpn, image, args, tau, save):
     history = []
     say("ask about the picture; an empty line ends")
     while True:
-        say("> ") if sys.stdin.isatty() else None
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line.strip():
             return

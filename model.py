@@ -68,8 +68,8 @@ def rotate(x, rope):
 class KVCache:
     """Keys and values of all layers, allocated once per answer: lists k and v of a (b, Hkv, length, d) per layer.
 
-    `queries` = {layer: []} makes those layers also keep the rotated queries (b, H, t, d) they compute: the rows of the
-    response-to-image attention cost nothing else.
+    `queries` = {layer: []} makes those layers also keep the rotated q (b, H, t, d) and k (b, Hkv, t, d) of each call: the
+    rows of the response-to-image attention cost nothing else.
     """
 
     def __init__(self, llava, b, length):
@@ -204,10 +204,8 @@ class LLaVA(nn.Module):
         sp = self.tokenizer
         ids = [sp.bos_id(), *sp.encode(f"{SYSTEM} USER: "), self.image_token]
         for turn, (q, a) in enumerate([*history, (question, None)]):
-            if turn == 0:
-                ids += sp.encode(f"\n{q} ASSISTANT:" + (f" {a}" if a is not None else ""))
-            else:
-                ids += self._after_eos(f"USER: {q} ASSISTANT:" + (f" {a}" if a is not None else ""))
+            text = f"{q} ASSISTANT:" + ("" if a is None else f" {a}")
+            ids += sp.encode("\n" + text) if turn == 0 else self._after_eos("USER: " + text)
             if a is not None:
                 ids.append(sp.eos_id())
         return ids

@@ -5,7 +5,7 @@ SD-RPN, the method whole: a question -> where to look -> look again (arXiv 2509.
     RPN        R blocks on top of the first B frozen layers learn those labels                   Sec. 3.3, Eq. 3-5
     answer()   the RPN's map is cut into regions, these are cropped at full resolution and read  Sec. 3.4, Eq. 6-8
 
-    rpn = RPN.load("out/toy/rpn.safetensors", llava)
+    rpn = RPN.load("data/toy/llava-toy/rpn.safetensors", llava)
     print(answer(llava, rpn, image, "What number is on the star?").text)
 
 Left out: the training loop (train.py), the ablations' baselines (tests/tables.py).
@@ -53,6 +53,11 @@ def response_attention(q, k, image, prompt, softmax="image"):
     q (H, m, d): rotated queries of the m response tokens fed back in. k (Hkv, prompt + m, d): rotated keys of the prompt
     and of those tokens. `image` is the slice of the image's columns. Returns (H, N) in float32.
     softmax="image" is the paper's, over the image tokens alone; "sequence" is the model's ordinary one, sliced.
+    >>> k = torch.tensor([[[0., 0.], [math.log(3), 0.], [0., 0.], [0., 0.]]])    # one head; [text] [image] [image] [response]
+    >>> response_attention(torch.tensor([[[2 ** 0.5, 0.]]]), k, slice(1, 3), prompt=3)
+    tensor([[0.7500, 0.2500]])
+    >>> response_attention(torch.tensor([[[2 ** 0.5, 0.]]]), k, slice(1, 3), prompt=3, softmax="sequence")
+    tensor([[0.5000, 0.1667]])
     """
     k = k.repeat_interleave(len(q) // len(k), 0)  # (H, prompt + m, d): grouped heads share keys
     if softmax == "image":
@@ -68,8 +73,8 @@ def remove_sink_tokens(roi_map, hidden, tau_norm):
     """Eq. 1: zero the map where the image token's hidden state is longer than tau_norm: attention sinks, not objects.
 
     roi_map (..., N), hidden (..., N, D) -> (..., N).
-    >>> remove_sink_tokens(torch.tensor([.2, .5, .3]), torch.tensor([[3., 4.], [30., 40.], [0., 5.]]), 5.).tolist()
-    [0.20000000298023224, 0.0, 0.30000001192092896]
+    >>> remove_sink_tokens(torch.tensor([.25, .5, .25]), torch.tensor([[3., 4.], [30., 40.], [0., 5.]]), 5.).tolist()
+    [0.25, 0.0, 0.25]
     """
     return roi_map.masked_fill(hidden.float().norm(dim=-1) > tau_norm, 0.0)
 
@@ -77,19 +82,19 @@ def remove_sink_tokens(roi_map, hidden, tau_norm):
 def assign_labels(roi_map, grid, tau_fg=0.2, tau_bg=0.1, max_box_fraction=0.5):
     """Eq. 2: a denoised map (..., N) -> labels (..., N) int64: 1 foreground, 0 background, -1 ignored.
 
-    Foreground: at least tau_fg of the maximum. Background: outside the foreground's bounding box and at most tau_bg of it.
+    Foreground: at least tau_fg of the maximum. Background: outside the foreground's bounding box and at most tau_bg of the maximum.
     What lies between is ambiguous, and what lies inside the box may be the object's unattended part: neither is taught.
     All -1 if the map is zero, or if the box covers max_box_fraction of the grid or more (the released code's rule).
-    >>> assign_labels(torch.tensor([.9, .05, .3, .15, .0, .0, .0, .0, .0]), grid=3).view(3, 3).tolist()
+    >>> assign_labels(torch.tensor([.9, .05, .3, .15, .0, .0, .0, .0, .0]), grid=3).view(3, 3).tolist()    # from .18 on, up to .09
     [[1, -1, 1], [-1, 0, 0], [0, 0, 0]]
     """
     a = roi_map.unflatten(-1, (grid, grid))  # (..., g, g)
     peak = a.amax((-2, -1), keepdim=True)
     fg = (a >= tau_fg * peak) & (peak > 0)
-    inside = torch.ones_like(fg)
-    for dim in (-2, -1):  # a line is inside if foreground lies on it or on both sides of it
-        line = fg.any(-3 - dim, keepdim=True).int()  # the other axis is reduced
-        inside = inside & (line.cummax(dim).values & line.flip(dim).cummax(dim).values.flip(dim)).bool()
+
+    def span(lines, dim):  # True from the first line with foreground to the last
+        return (lines.cumsum(dim) > 0) & (lines.flip(dim).cumsum(dim).flip(dim) > 0)
+    inside = span(fg.any(-1, keepdim=True), -2) & span(fg.any(-2, keepdim=True), -1)  # (..., g, g): the bounding box
     bg = ~inside & (a <= tau_bg * peak)
     labels = torch.full(a.shape, -1, dtype=torch.int64, device=a.device)
     labels[fg], labels[bg] = 1, 0
@@ -133,16 +138,16 @@ def teach(llava, recipe, pixels, prompts, max_new_tokens=128, given=None, sinks=
     embeds = [llava.embed_prompt(ids, tokens[i:i + 1]) for i, ids in enumerate(prompts)]
     image, hidden = embeds[0][1], torch.cat([e for e, _ in embeds])  # (b, T, D)
     b, T, _ = hidden.shape
-    cache = KVCache(llava, b, T + max(max_new_tokens, *(len(g) for g in given or [[]])))
-    layer, kept = 0, {}
+    cache = KVCache(llava, b, T + max([max_new_tokens, *map(len, given or [])]))
+    done, kept = 0, {}  # kept[l]: the prompt's hidden states (b, T, D) after the first l layers
     for stop in sorted({lowest, B, L}):
-        hidden = kept[stop] = llava.run(hidden, layer, stop, cache)
-        layer = stop
-    keys = {layer: cache.k[layer][:, :, :T].clone() for layer in tapped}  # the batch shrinks while decoding
+        hidden = kept[stop] = llava.run(hidden, done, stop, cache)
+        done = stop
+    keys = {layer: cache.k[layer][:, :, :T].clone() for layer in tapped}  # (b, Hkv, T, d); the cache's batch shrinks while decoding
     cache.queries = {layer: [] for layer in tapped}
     if given is None:
         ids = llava.decode(hidden[:, -1], cache, T, max_new_tokens)
-        fed = [answer[:max_new_tokens - 1] for answer in ids]
+        fed = [reply[:max_new_tokens - 1] for reply in ids]
     else:
         ids = fed = given
         width = max(map(len, given))
@@ -150,19 +155,19 @@ def teach(llava, recipe, pixels, prompts, max_new_tokens=128, given=None, sinks=
         if width:
             llava.run(llava.language_model.embed_tokens(torch.tensor(padded, device=llava.device)), 0, L, cache, start=T)
     maps = {name: torch.zeros(b, image.stop - image.start, device=llava.device) for name in pools}
-    for row, answer in enumerate(fed):
-        if not answer:
+    for row, reply in enumerate(fed):
+        if not reply:
             continue
         for name, pool in pools.items():
             heads = []
             for layer, chosen in pool.items():
-                q, k = tapped_rows(cache.queries[layer], ids if given is None else None, row, len(answer))  # (H, m, d), (Hkv, m, d)
+                q, k = tapped_rows(cache.queries[layer], ids if given is None else None, row, len(reply))  # (H, m, d), (Hkv, m, d)
                 a = response_attention(q, torch.cat([keys[layer][row], k], 1), image, T, "sequence" if name == "sink" else recipe["softmax"])
-                heads.append(a[chosen])
-            maps[name][row] = torch.cat(heads).mean(0)  # one pool of all (layer, head) pairs
+                heads.append(a[chosen])  # (chosen, N)
+            maps[name][row] = torch.cat(heads).mean(0)  # (N,): one pool of all (layer, head) pairs
     clean = maps["roi"]
     if sink and sink["kind"] == "attention":
-        clean = clean.masked_fill(maps["sink"] >= sink["threshold"] * 576 / clean.shape[1], 0.0)
+        clean = clean.masked_fill(maps["sink"] >= sink["threshold"] * 576 / clean.shape[1], 0.0)  # a threshold is for 576 tokens
     elif sink:
         h = kept[lowest][:, image]
         clean = remove_sink_tokens(clean, h, sink["c"] * h.float().norm(dim=-1).median(-1, keepdim=True).values)
@@ -173,10 +178,11 @@ def tapped_rows(steps, ids, row, m):
     """The m rows that sample `row` fed, out of what the cache kept -> q (H, m, d), k (Hkv, m, d).
 
     One entry per decoding step, of the samples still running then; or, for given answers (ids None), one entry in all.
+    Say sample 0 answers with 1 token and sample 1 with 3: sample 1 is at place 1 in step 0, and at place 0 afterwards.
     """
     if ids is None:
         return tuple(t[row, :, :m] for t in steps[0])
-    at = [sum(len(answer) > s for answer in ids[:row]) for s in range(m)]  # its place in the batch that was left at step s
+    at = [sum(len(reply) > s for reply in ids[:row]) for s in range(m)]  # its place in the batch that was left at step s
     return tuple(torch.cat([steps[s][i][at[s]] for s in range(m)], 1) for i in (0, 1))
 
 
@@ -189,7 +195,7 @@ class ScoreLayer(nn.Module):
         super().__init__()
         D, self.d = c["hidden_size"], c["head_dim"]
         self.input_layernorm = RMSNorm(D, c["rms_norm_eps"])
-        self.self_attn = nn.Module()
+        self.self_attn = nn.Module()  # only for the names of the keys
         self.self_attn.q_proj = nn.Linear(D, c["num_attention_heads"] * self.d, bias=False)
         self.self_attn.k_proj = nn.Linear(D, c["num_key_value_heads"] * self.d, bias=False)
 
@@ -197,6 +203,10 @@ class ScoreLayer(nn.Module):
         """Eq. 5, per head: normed hidden states (b, n, D) and (b, N, D) -> scores (b, H, n, N).
 
         Without rotary embedding: a score says what a patch holds, not how far from the question it stands.
+        >>> layer = ScoreLayer(dict(hidden_size=2, head_dim=2, num_attention_heads=1, num_key_value_heads=1, rms_norm_eps=0.0))
+        >>> _ = [p.weight.data.copy_(torch.eye(2)) for p in (layer.self_attn.q_proj, layer.self_attn.k_proj)]
+        >>> layer(torch.tensor([[[1., 1.]]]), torch.tensor([[[5., 5.], [3., -3.], [-1., -1.]]])).detach()    # 3 patches: alike, across, opposite
+        tensor([[[[ 1.4142,  0.0000, -1.4142]]]])
         """
         q = self.self_attn.q_proj(self.input_layernorm(queries)).unflatten(-1, (-1, self.d)).transpose(1, 2)  # (b, H, n, d)
         k = self.self_attn.k_proj(self.input_layernorm(image)).unflatten(-1, (-1, self.d)).transpose(1, 2)  # (b, Hkv, N, d)
@@ -216,7 +226,7 @@ class RPN(nn.Module):
         self.twig_layers = nn.ModuleList([*(Block(config) for _ in range(layers - 1)), ScoreLayer(config)])
         self.twig_norm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
         self.smooth = True  # False: trained on smoothed labels, so its map is not smoothed again (Table 8)
-        self.path = None
+        self.path, self.loss = None, "bce"
 
     def score(self, hidden, image, rows):
         """Eq. 3-5: hidden states after the frozen layers (b, T, D) -> per-head scores (b, H, n, N) in float32 or wider.
@@ -227,7 +237,7 @@ class RPN(nn.Module):
         rope = rope_table(0, hidden.shape[1], c["head_dim"], c["rope_theta"], hidden.device, hidden.dtype)
         for block in self.twig_layers[:-1]:
             hidden = block(hidden, rope)
-        return self.twig_layers[-1](self.twig_norm(hidden[:, rows]), self.twig_norm(hidden[:, image]))
+        return self.twig_layers[-1](self.twig_norm(hidden[:, rows]), self.twig_norm(hidden[:, image]))  # of (b, n, D) and (b, N, D)
 
     @torch.no_grad()
     def forward(self, llava, image, question, history=()):
@@ -297,7 +307,7 @@ class RPN(nn.Module):
         if absent:
             raise BadInput(f"{path}: {len(absent)} RPN tensors missing, first model.{absent[0]}; download or train it again")
         rpn.load_state_dict(found, assign=True)
-        rpn.path, rpn.smooth = path, facts.get("smooth", "map") == "map"
+        rpn.path, rpn.smooth, rpn.loss = path, facts.get("smooth", "map") == "map", facts.get("loss", "bce")
         return rpn.requires_grad_(False).eval()
 
     def save(self, path, facts):
@@ -330,10 +340,15 @@ class Region:
 
 
 def smooth(p):
-    """G of Eq. 6 on (..., g, g): Gaussian 3x3, sigma 1, reflect padding."""
+    """G of Eq. 6 on (..., g, g): Gaussian 3x3, sigma 1, reflect padding.
+
+    >>> p = torch.zeros(5, 5); p[2, 2] = 1.
+    >>> smooth(p)[2]
+    tensor([0.0000, 0.1238, 0.2042, 0.1238, 0.0000])
+    """
     w = torch.exp(-torch.tensor([1.0, 0.0, 1.0], dtype=p.dtype, device=p.device) / 2)
     w = w / w.sum()
-    padded = F.pad(p.reshape(-1, 1, *p.shape[-2:]), (1, 1, 1, 1), mode="reflect")
+    padded = F.pad(p.reshape(-1, 1, *p.shape[-2:]), (1, 1, 1, 1), mode="reflect")  # (maps, 1, g+2, g+2)
     return F.conv2d(padded, (w[:, None] * w).view(1, 1, 3, 3)).view(p.shape)
 
 
@@ -342,6 +357,9 @@ def regions_above(p, threshold, small=True):
 
     Specks of one cell are dropped; a side shorter than 3 of a component of 2 or 3 cells grows to 3 around its centre
     (small=False: neither). A grown component owns all cells of its box.
+    >>> p = torch.zeros(6, 6); p[0, 5] = .9; p[2, 2] = p[3, 3] = .5    # a speck, and two cells that touch at a corner
+    >>> [(r.box, r.weight) for r in regions_above(p, 0.15)]
+    [((1, 1, 4, 4), 1.0)]
     """
     g, todo, found = p.shape[0], {(y, x) for y, x in (p > threshold).nonzero().tolist()}, []
     while todo:
@@ -372,7 +390,7 @@ def regions_above(p, threshold, small=True):
 def find_regions(logits, tau=0.15):
     """Eq. 6 and the boxes of Eq. 7: logits (g, g) -> grid boxes of the regions where the smoothed probability exceeds tau.
 
-    >>> logits = torch.full((6, 6), -9.); logits[1:3, 2:4] = 9.
+    >>> logits = torch.full((6, 6), -9.); logits[1:3, 2:4] = 9.    # smoothed: .53 inside, .20 beside it, .08 at its corners
     >>> find_regions(logits)
     [(1, 0, 5, 4)]
     """
@@ -418,8 +436,8 @@ def crop_tokens(llava, image, regions, mode, max_regions=2):
     """
     size, g = llava.vision_tower.image_size, llava.grid
     if mode == "box":
-        best = sorted(regions, key=lambda r: -r.weight)[:max_regions]
-        boxes = [grid_to_image(r.box, g, image.size) for r in regions if any(r is b for b in best)]
+        best = sorted(range(len(regions)), key=lambda i: -regions[i].weight)[:max_regions]
+        boxes = [grid_to_image(regions[i].box, g, image.size) for i in sorted(best)]
     else:
         cells = torch.stack([r.cells for r in regions]).any(0)  # B of Eq. 8
         x0, y0, x1, y1 = around = bounding_box(cells)
@@ -427,10 +445,10 @@ def crop_tokens(llava, image, regions, mode, max_regions=2):
     pixels = torch.stack([preprocess_crop(image, box, size) for box in boxes]).to(llava.device, llava.dtype)
     features = llava.vision_tower(pixels)  # (boxes, N, C)
     if mode == "mask":
-        keep = F.interpolate(cells[None, None, y0:y1, x0:x1].float(), (g, g), mode="bilinear")[0, 0] > 0.5
+        keep = F.interpolate(cells[None, None, y0:y1, x0:x1].float(), (g, g), mode="bilinear")[0, 0] > 0.5  # (g, g) of the crop
         if keep.any():
             features = features[:, keep.flatten().to(features.device)]  # (1, kept, C)
-    return llava.multi_modal_projector(features).flatten(0, 1)[None], boxes
+    return llava.multi_modal_projector(features).flatten(0, 1)[None], boxes  # (1, boxes * N or kept, D)
 
 
 @dataclass
@@ -458,7 +476,7 @@ def answer(llava, rpn, image, question, mode="mask", tau=0.15, max_new_tokens=12
         raise BadInput(f"--tau {tau}: must lie between 0 and 1")
     clock = Clock(llava.device)
     L, g = llava.config["num_hidden_layers"], llava.grid
-    B = rpn.frozen if rpn is not None else L // 2
+    B = rpn.frozen if rpn is not None else L // 2  # a supplied mask needs no RPN
     embeds, image_columns = llava.embed_prompt(llava.prompt_ids(question, history), llava.view(image))  # (1, T, D)
     T, P = embeds.shape[1], image_columns.stop  # P tokens of [system][image]
     most_crops = {"plain": 0, "mask": 1, "box": max_regions}[mode] * g * g
@@ -470,11 +488,11 @@ def answer(llava, rpn, image, question, mode="mask", tau=0.15, max_new_tokens=12
     if mode != "plain":
         hidden = llava.run(embeds, 0, B, cache)  # (1, T, D): stage 1 stops here
         if mask is None:
-            logits = rpn.logits(hidden, image_columns).float().cpu()
+            logits = rpn.logits(hidden, image_columns).cpu()  # (g, g)
             if not logits.isfinite().all():
                 raise BadInput(f"{rpn.path or 'RPN'}: its map is not finite in {str(llava.dtype)[6:]}; try --dtype bfloat16 or float32")
             clock.lap("rpn")
-            p = logits.sigmoid() * picture_cells(g, image.size)  # no region in the padding
+            p = logits.sigmoid() * picture_cells(g, image.size)  # the padding holds no evidence
             regions = regions_above(smooth(p) if rpn.smooth else p, tau)
         else:
             regions = regions_above(torch.as_tensor(mask).float().cpu().view(g, g), 0.0, small=False)
@@ -486,12 +504,12 @@ def answer(llava, rpn, image, question, mode="mask", tau=0.15, max_new_tokens=12
         clock.lap("crop")
         new = torch.cat([crop, embeds[:, P:]], 1)  # what follows the image now
         if reuse:
-            new = llava.run(new, 0, B, cache, start=P)
+            new = llava.run(new, 0, B, cache, start=P)  # overwrites the question's old keys and values from P on
             hidden = torch.cat([hidden[:, :P], new], 1)
         else:
             hidden, first = torch.cat([embeds[:, :P], new], 1), 0
     elif not reuse:
-        hidden, first = embeds, 0
+        hidden, first = embeds, 0  # with reuse and no region, stage 1's states go on from layer B: the plain answer, nothing run twice
     T = hidden.shape[1]
     hidden = llava.run(hidden, first, L, cache)
     clock.lap("prefill")

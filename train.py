@@ -7,7 +7,7 @@ Images + questions -> an RPN, distilled from the model's own attention (Alg. 1):
 
 Stopped at any moment, the same command goes on. Everything lands in out/<ckpt name>/ (--out): labels/, log.jsonl, config.json,
 and at the end rpn.safetensors and report.png. No box and no answer of the data is used (--answers given: Table 4b's ablation).
-Left out: schedulers, callbacks, mixed data sets, and evaluation of anything but the toy (infer.py --eval does that).
+Left out: callbacks, mixed data sets, and evaluation of anything but the toy (infer.py --eval does that).
 """
 import argparse
 import contextlib
@@ -76,12 +76,14 @@ def target(lesson, row, args, grid):
 
 
 def conversation_ids(llava, turns, responses):
-    """All turns with the model's own answers, up to the last question; and the n query tokens' places in it (Eq. 4)."""
-    ids = llava.prompt_ids(turns[-1], list(zip(turns[:-1], responses)))
-    rows, T = [], llava.num_image_tokens - 1  # the image token stands for N
-    for n in range(len(turns)):
-        rows.append(len(llava.prompt_ids(turns[n], list(zip(turns[:n], responses)))) + T - 1)
-    return ids, rows
+    """All turns with the model's own answers, up to the last question; and the n query tokens' places in it (Eq. 4).
+
+    n = 2:  <s>SYSTEM USER: <image> question 1 ASSISTANT: answer 1</s>USER: question 2 ASSISTANT:
+                                                        ^ row 1                                 ^ row 2, the last token
+    The decoder is causal: row 1 sees nothing of turn 2, so one forward pass teaches all turns.
+    """
+    prompts = [llava.prompt_ids(turn, list(zip(turns[:n], responses))) for n, turn in enumerate(turns)]
+    return prompts[-1], [len(ids) - 1 + llava.num_image_tokens - 1 for ids in prompts]  # the image's one id stands for N tokens
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -139,11 +141,11 @@ class Run:
         for i in samples:
             try:
                 image, q = self.questions[i]
-                if len(q["question"]) > 1:  # several turns: alone, since answers of different length follow
-                    key = i
-                else:
-                    key = -len(self.llava.prompt_ids(q["question"][0]))
-                    self.llava.check_length(-key + self.llava.num_image_tokens + self.args.max_new_tokens)
+                if self.args.answers == "given" and len(q.get("answers") or ()) < len(q["question"]):
+                    raise BadInput("fewer answers than turns, and --answers given needs one for each")
+                length = len(self.llava.prompt_ids(q["question"][0])) - 1 + self.llava.num_image_tokens
+                self.llava.check_length(length + self.args.max_new_tokens)
+                key = (length, i if len(q["question"]) > 1 else -1)  # several turns: alone, answers of different length follow the first
             except BadInput as e:
                 self.skipped[i] = str(e)
                 continue
@@ -159,9 +161,9 @@ class Run:
         how = dict(max_new_tokens=args.max_new_tokens, sinks=args.sink_removal, frozen=args.frozen_layers)
         targets, responses = [[] for _ in group], [[] for _ in group]
         for turn in range(len(group[0][2]["question"])):
-            prompts = [llava.prompt_ids(q["question"][turn], list(zip(q["question"], r))) for (_, _, q), r in zip(group, responses)]
-            given = [llava.tokenizer.encode((q.get("answers") or [""] * (turn + 1))[turn])[:args.max_new_tokens - 1] for _, _, q in group] \
-                if args.answers == "given" else None
+            prompts = [llava.prompt_ids(q["question"][turn], list(zip(q["question"], r)))  # r: one response for each turn before
+                       for (_, _, q), r in zip(group, responses)]
+            given = [llava.tokenizer.encode(q["answers"][turn])[:args.max_new_tokens - 1] for _, _, q in group] if args.answers == "given" else None
             llava.check_length(max(map(len, prompts)) - 1 + llava.num_image_tokens + args.max_new_tokens)
             lesson = teach(llava, self.recipe, pixels, prompts, given=given, **how)
             if not lesson.raw.isfinite().all():
@@ -186,8 +188,8 @@ class Run:
         with self.amp:
             scores = self.rpn.score(hidden.to(next(self.rpn.parameters()).dtype), image, rows)  # (b, H, n, N)
         if self.args.loss == "mse":
-            return (100 * scores.softmax(-1).mean(1) - 100 * targets).square().sum(), targets.numel()
-        return roi_loss_sum(scores.mean(1), targets), (targets >= 0).sum().item()
+            return (100 * scores.softmax(-1).mean(1) - 100 * targets).square().sum(), targets.numel()  # in percent, or the loss is tiny
+        return roi_loss_sum(scores.mean(1), targets), (targets >= 0).sum().item()  # of (b, n, N) and (b, n, N)
 
     def learn(self, group, known, made):
         """Labels of one group (read, or made now) and the student's gradient -> (loss, labelled tokens, samples without a label, samples)."""
@@ -382,6 +384,7 @@ def attention_mask(raw, grid, share=0.15):
     """Table 3 #1: the raw map (N,), smoothed, above 0.15 of its maximum -> (g, g) weights for answer(mask=...), or None."""
     p = smooth(raw.view(grid, grid).float().cpu())
     regions = regions_above(p, share * p.max().item())
+    # A grown region may own cells of weight 0: a little keeps them in the mask.
     return torch.where(torch.stack([r.cells for r in regions]).any(0), p.clamp(min=1e-9), 0.0) if regions else None
 
 
@@ -423,10 +426,11 @@ def report(run, questions, path):
             image, q = questions[n]
         except BadInput:  # listed in skipped.jsonl already
             continue
-        lesson = teach(llava, run.recipe, preprocess(image, llava.vision_tower.image_size)[None], [llava.prompt_ids(q["question"][0])])
         g = llava.grid
+        lesson = teach(llava, run.recipe, preprocess(image, llava.vision_tower.image_size)[None], [llava.prompt_ids(q["question"][0])],
+                       sinks=run.args.sink_removal)
         maps = [m.view(g, g).float().cpu().numpy() for m in (lesson.raw, lesson.clean)]
-        labels = assign_labels(lesson.clean, g).view(g, g).cpu().numpy()
+        labels = target(lesson, 0, run.args, g).view(g, g).cpu().numpy()
         heat = run.rpn(llava, image, q["question"][0]).sigmoid().cpu().numpy()
         rows.append({"image": image, "maps": [*maps, labels, heat], "title": f"{q['question'][0]}  {lesson.responses[0]}"})
     draw.save(draw.contact_sheet(rows, ["image", "attention", "without sinks", "labels", "RPN"]), path)
@@ -514,7 +518,9 @@ def first_to_fail():
 
 
 def finish(run):
-    """The picture, the table (toy), and out/last."""
+    """The picture, the table (toy), and out/last; nothing of it for an RPN whose map is no probability."""
+    if run.args.loss == "mse":
+        return say(f"wrote {run.out / 'rpn.safetensors'}; only `python tests/tables.py table3` reads an RPN of --loss mse")
     held_out = ToyQuestions(TOY_HELD_OUT, run.args.held_out or run.recipe["train"]["held_out"]) if run.args.data is None else run.questions
     report(run, held_out, run.out / "report.png")
     if run.args.data is None:

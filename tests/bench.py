@@ -4,6 +4,7 @@ Speed and memory on random weights of the true shapes, each figure beside the bo
     python tests/bench.py --random small                                          # every part, some minutes on two cores
     python tests/bench.py --random llava-1.5-7b --only answer ratios --repeat 1   # 15 GB in bfloat16
     python tests/bench.py --random llava-1.5-13b --device cuda --dtype float16
+    python tests/bench.py --load llava-1.5-7b                                     # seconds and memory of loading a checkpoint
 
 Ratios are taken in one run: rounds over all variants, medians (--repeat 1: one round, nothing warmed up). Nothing is asserted.
 Left out: the answers' quality (weights are random), several GPUs, disk.
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 from pathlib import Path
@@ -28,7 +30,7 @@ from random_llava import QUESTION, Steered, band, random_model, squares
 
 import train
 from clip import preprocess
-from model import KVCache, rope_table, rotate, torch_dtype
+from model import KVCache, LLaVA, rope_table, rotate, torch_dtype
 from sdrpn import Answer, answer, head_pairs, picture_cells, regions_above, smooth, teach
 
 GENERAL = "Write a general description of the image."  # ViCrop's second prompt
@@ -277,6 +279,28 @@ class Bench:
         self.put(f"decode, eager / compiled, {new} tokens", eager / self.interleave(it=lambda: self.ask(new=new))["it"]["decode"], None, " x")
 
 
+def load(name, device, dtype, say):
+    """Time and peak anonymous memory of loading a checkpoint: file pages that Linux may drop at any time do not count."""
+    def anonymous():
+        return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+    before, seen, done = anonymous(), [], threading.Event()
+
+    def watch():
+        while not done.wait(0.002):
+            seen.append(anonymous())
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    llava = LLaVA.load(name, device, dtype)
+    seconds = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    weights = sum(p.nbytes for p in llava.parameters())
+    say(f"{name}: {weights / 1e9:.2f} GB of weights in {str(llava.dtype)[6:]} on {llava.device}, loaded in {seconds:.1f} s; "
+        f"peak host memory {max(seen) / 1e9:.2f} GB, {before / 1e9:.2f} of it from before; grown by {(max(seen) - before) / weights:.3f} x the weights")
+
+
 PARTS = {"answer": Bench.answers, "ratios": Bench.ratios, "peers": Bench.peers, "labels": Bench.labels, "scaling": Bench.scaling,
          "shares": Bench.shares, "training": Bench.training}
 
@@ -284,6 +308,7 @@ PARTS = {"answer": Bench.answers, "ratios": Bench.ratios, "peers": Bench.peers, 
 def main(argv=None, say=lambda line: print(line, flush=True)):
     p = argparse.ArgumentParser(description="Speed and memory beside their bounds, on random weights.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--random", choices=SIZES, default="small", help="whose shapes")
+    p.add_argument("--load", metavar="CKPT", help="only load this checkpoint, folder or name")
     p.add_argument("--layers", type=int, help="fewer decoder layers, at least 3; B and R shrink along")
     p.add_argument("--device", help="cpu, cuda; default: a GPU if there is one")
     p.add_argument("--dtype", help="default: float16 on a GPU; on a CPU bfloat16, small float32")
@@ -292,6 +317,8 @@ def main(argv=None, say=lambda line: print(line, flush=True)):
     p.add_argument("--teacher-batch", type=int, default=8, help="of the training step")
     p.add_argument("--compile", action="store_true", help="compile the decode step first")
     args = p.parse_args(argv)
+    if args.load:
+        return load(args.load, args.device, args.dtype, say)
     bench, root = Bench(args, say), Path(__file__).resolve().parents[1]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip() or "unknown"
     cpu = Path("/proc/cpuinfo")

@@ -4,17 +4,23 @@ A LLaVA and an RPN of true sizes with random weights, and an RPN that says what 
     llava, rpn, recipe, work = random_model("llava-1.5-7b", torch.device("cuda"), torch.float16)
     answer(llava, Steered(rpn, band(24, 300)), image, QUESTION, ignore_eos=True)      # a crop of exactly 300 tokens
 
+    python tests/random_llava.py out/random-7b --random llava-1.5-7b    # a folder that --ckpt takes: 14 GB in shards, the toy's tokeniser
+
 Left out: answers that mean anything.
 """
+import argparse
+import json
 import re
+import shutil
 import zlib
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+from safetensors.torch import save_file
 
-from bounds import work  # also puts the project on the path
-from model import LLaVA
+from bounds import SIZES, work  # also puts the project on the path
+from model import LLaVA, find_checkpoint
 from data.recipe import LLAVA_TRAINING, RECIPES
 from sdrpn import RPN
 
@@ -85,3 +91,42 @@ def squares(g, *spans):
     for a, b in spans:
         cells[a:b, a:b] = True
     return cells
+
+
+def write_checkpoint(name, folder, shard_bytes=2 << 30):
+    """A folder in the Hugging Face layout, float16, filled and written one part of the network at a time."""
+    w = work(name)
+    with torch.device("meta"):
+        llava = LLaVA(w.c, w.v, 32000, Words())
+    folder.mkdir(parents=True)
+    for file in ("tokenizer.model", "preprocessor_config.json"):
+        shutil.copy(find_checkpoint("toy") / file, folder / file)
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": "llava", "image_token_index": 32000, "torch_dtype": "float16", "text_config": w.c, "vision_config": w.v}, indent=1) + "\n")
+    weight_map, shard = {}, {}
+
+    def flush():
+        file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        save_file(shard, folder / file)
+        weight_map.update(dict.fromkeys(shard, file))
+        shard.clear()
+
+    parts = [llava.vision_tower, llava.multi_modal_projector, llava.language_model.embed_tokens, *llava.language_model.layers,
+             llava.language_model.norm, llava.lm_head]
+    names = {id(module): prefix for prefix, module in llava.named_modules()}
+    for part in parts:
+        fill(part, torch.device("cpu"), torch.float16)
+        shard |= {f"{names[id(part)]}.{k}": p.data for k, p in part.named_parameters()}
+        part.to("meta")
+        if sum(t.nbytes for t in shard.values()) > shard_bytes:
+            flush()
+    flush()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write a checkpoint of true shapes with random weights.")
+    parser.add_argument("folder", type=Path, help="must not exist yet")
+    parser.add_argument("--random", choices=SIZES, default="small", help="whose shapes")
+    args = parser.parse_args()
+    write_checkpoint(args.random, args.folder)

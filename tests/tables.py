@@ -7,6 +7,7 @@ The paper's tables and figures, one command each: on the toy by default, on any 
     python tests/tables.py table8            # the Gaussian on the map or on the labels
     python tests/tables.py tau               # the threshold, box and mask      (fig5: the same, drawn against time)
     python tests/tables.py peers             # raw attention, ViCrop rel-att, SD-RPN, true box: score, localisation, time
+    python tests/tables.py settings          # learning rate, epochs and batch of the recipe
     python tests/tables.py fig3              # is an attended token inside the true box?
     python tests/tables.py heads             # which layers and heads to teach from: a recipe for a new backbone
     python tests/tables.py peers --ckpt llava-1.5-7b --rpn RELEASED_FOLDER --eval data/vstar.jsonl
@@ -234,14 +235,16 @@ def paired(results, plain, kind="all"):
 
 
 def lay_out(rows, results, losses):
-    """Two blocks of text: scores with what they cost, and changes against plain."""
+    """Blocks of text: scores with what they cost, changes against plain, and of the RPN against raw attention."""
     plain = results["plain"]
+    raw = next((row.name for row in rows if row.method == "raw attention"), None)
     kinds, seeds = list(dict.fromkeys(r["kind"] for r in plain)), {r["seed"] for r in plain}
     kinds = [*kinds, "all"] if len(kinds) > 1 else ["all"]
     width = max(len(r.name) for r in rows) + 2
     head = "".join(f"{k[:11]:>12}" for k in kinds)
     top = [" " * width + head + "".join(f"{name:>{form.split('.')[0]}}" for name, _, form in COLUMNS) + "  speed    loss  paper's"]
-    bottom = ["", f"{'change':{width}}" + head]
+    bottom, to_raw = ["", f"{'change':{width}}" + head], ["", f"{'against raw':{width}}" + head] if raw else []
+    change = lambda name, got, base: f"{name:{width}}" + "".join(f"{m:+.1f} ±{h:.1f}".rjust(12) for m, h in (paired(got, base, k) for k in kinds))
     for row in rows:
         got = results[row.name]
         line = "".join(f"{m:.1f}{f' ±{s:.1f}' if len(seeds) > 1 else ''}".rjust(12) for m, s in (over_seeds(got, "score", k) for k in kinds))
@@ -252,8 +255,10 @@ def lay_out(rows, results, losses):
         line += f"{losses[row.name]:8.3g}" if losses.get(row.name) is not None else f"{'-':>8}"
         top.append(f"{row.name:{width}}{line}  {row.paper}".rstrip())
         if row.method != "plain":
-            bottom.append(f"{row.name:{width}}" + "".join(f"{m:+.1f} ±{h:.1f}".rjust(12) for m, h in (paired(got, plain, k) for k in kinds)))
-    return [*top, *bottom, "",
+            bottom.append(change(row.name, got, plain))
+        if raw and row.method.startswith("SD-RPN"):
+            to_raw.append(change(row.name, got, results[raw]))
+    return [*top, *bottom, *to_raw, "",
             ("scores: mean over seeds ± half their range; " if len(seeds) > 1 else "scores of one seed; ")
             + "change: against plain on the same questions, ± half the 95 % interval",
             "recall: the crops cover half of every true box; s RoI: until it is known where to look; speed: relative to plain"]
@@ -340,6 +345,13 @@ def table8(args):
     show(args, [PLAIN, Row("smooth the map", "SD-RPN masked", [], "62.6, loss 0.02"),
                 Row("smooth the labels", "SD-RPN masked", ["--smooth", "labels"], "2.1 lower, loss 0.05"), TRUE],
          PAPER, "labels: the attention is blurred before labels are assigned, and the RPN's map is not")
+
+
+def settings(args):
+    recipe = sizes_and_recipe(args)[1]["train"]
+    others = [("lr", recipe["lr"] / 3), ("lr", 3 * recipe["lr"]), ("epochs", 1), ("epochs", 2 * recipe["epochs"]), ("batch-size", 4 * recipe["batch_size"])]
+    rows = [("the recipe's", []), *((f"{flag} {v:.3g}", [f"--{flag}", f"{v:.3g}"]) for flag, v in others if v != recipe[flag.replace("-", "_")])]
+    show(args, [PLAIN, *(Row(name, "SD-RPN masked", flags) for name, flags in rows), TRUE])
 
 
 def peers(args):
@@ -520,7 +532,7 @@ def heads(args):
 
 # ------------------------------------------------------------------------------------------------- command line
 
-COMMANDS = {f.__name__: f for f in (table3, table4a, table4b, table7, table8, tau, peers, fig3, fig5, heads)}
+COMMANDS = {f.__name__: f for f in (table3, table4a, table4b, table7, table8, tau, peers, settings, fig3, fig5, heads)}
 
 
 def parser():

@@ -822,7 +822,7 @@ def test_a_conversation_is_its_turns_asked_with_the_history(load, tmp_path, monk
     turns = ["What is this?", "And who is it?", "Is it red?"]
     args = infer.parser().parse_args(["x.png", "--json", "--mode", mode, "--max-new-tokens", "6"])
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(turns) + "\n\nnever asked\n"))
-    infer.converse(llava, rpn, image, args, .5, None)
+    infer.converse(llava, rpn, image, args, .5, tmp_path / "a.png")
     typed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     history = []
     for turn, line in zip(turns, typed, strict=True):

@@ -603,6 +603,22 @@ def test_bad_samples_are_skipped_counted_and_listed(made, tmp_path):
     one_line(train, *argv(made, tmp_path / "all", "--images", tmp_path, "--max-bad", 50), says="samples are bad")
 
 
+def test_given_answers_are_one_for_each_turn(made, tmp_path):
+    data, lines = made.data.parent / "given.jsonl", [json.loads(line) for line in made.data.read_text().splitlines()]
+    lines[3]["question"], lines[3]["answers"] = ["What is this?", "And who is it?"], ["cat"]
+    lines[4]["question"], lines[4]["answers"] = ["What is this?", "And who is it?"], ["cat", "owl"]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, _, err = call(train, *argv(made, tmp_path / "run", "--data", data, "--answers", "given", "--max-bad", 20))
+    skipped = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+    assert code == 0 and [row["sample"] for row in skipped] == [2] and "fewer answers than turns" in skipped[0]["why"], err
+
+
+def test_an_rpn_of_mse_is_for_the_tables_only(made, tmp_path):
+    code, out, err = call(train, *argv(made, tmp_path / "mse", "--loss", "mse"))
+    assert code == 0 and "only `python tests/tables.py table3` reads" in err and not out
+    assert (tmp_path / "mse/rpn.safetensors").is_file() and not (tmp_path / "mse/report.png").exists()
+
+
 # ---- checkpoints, recipes, RPNs, flags
 
 def test_checkpoints_that_do_not_work(made, tmp_path):
@@ -676,7 +692,7 @@ def with_facts(made, path, facts, change=lambda tensors: None):
     ({"fingerprint": "0123456789abcdef", "ckpt": "llava-other"}, "trained for another checkpoint .llava-other, fingerprint 0123456789abcdef"),
     ({"layers": 9}, "needs 11 decoder layers"), ({"layers": 0}, "does not say its depth"), ({"frozen": -3}, "does not say its depth"),
     ({"frozen": 0}, "does not say its depth"), ({"frozen": "2"}, "does not say its depth"), ({"layers": 3}, "tensors missing"), ("{", "does not say"),
-    ("[]", "does not say"), ("null", "does not say"), ('"x"', "does not say"), ("[" * 100_000, "does not say")])
+    ({"loss": "mse"}, "its map is no probability"), ("[]", "does not say"), ("null", "does not say"), ('"x"', "does not say"), ("[" * 100_000, "does not say")])
 def test_rpns_that_do_not_work(made, tmp_path, facts, says):
     path = with_facts(made, tmp_path / "rpn.safetensors", facts)
     one_line(infer, made.data.parent / "pictures/0.png", "Why?", *ask(made, "--rpn", path), says=f"rpn.safetensors: .*{says}")
