@@ -91,15 +91,19 @@ def assign_labels(roi_map, grid, tau_fg=0.2, tau_bg=0.1, max_box_fraction=0.5):
     a = roi_map.unflatten(-1, (grid, grid))  # (..., g, g)
     peak = a.amax((-2, -1), keepdim=True)
     fg = (a >= tau_fg * peak) & (peak > 0)
-
-    def span(lines, dim):  # True from the first line with foreground to the last
-        return (lines.cumsum(dim) > 0) & (lines.flip(dim).cumsum(dim).flip(dim) > 0)
-    inside = span(fg.any(-1, keepdim=True), -2) & span(fg.any(-2, keepdim=True), -1)  # (..., g, g): the bounding box
+    inside = bounding_cells(fg)
     bg = ~inside & (a <= tau_bg * peak)
     labels = torch.full(a.shape, -1, dtype=torch.int64, device=a.device)
     labels[fg], labels[bg] = 1, 0
     too_big = inside.sum((-2, -1), keepdim=True) >= max_box_fraction * grid * grid
     return labels.masked_fill(too_big | (peak <= 0), -1).flatten(-2)
+
+
+def bounding_cells(fg):
+    """(..., g, g) bool -> (..., g, g) bool, the cells of its bounding box."""
+    def span(lines, dim):  # True from the first line with foreground to the last
+        return (lines.cumsum(dim) > 0) & (lines.flip(dim).cumsum(dim).flip(dim) > 0)
+    return span(fg.any(-1, keepdim=True), -2) & span(fg.any(-2, keepdim=True), -1)
 
 
 @dataclass

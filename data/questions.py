@@ -67,7 +67,7 @@ def read_questions(path, images=None):
             raise BadInput(f"{where}: image {image[:80]!r} leaves the image root; use a path below {root}")
         for key, good in CHECKS.items():
             if key in q and not good(q[key]):
-                raise BadInput(f"{where}: {key!r} has a wrong type or value: {str(q[key])[:60]}")
+                raise BadInput(f"{where}: {key!r} has a wrong type or value: {str(q[key])[:60]}; the README's \"Files of questions\" says what it may be")
         questions.append(q | {"question": turns})
     if not questions:
         raise BadInput(f"{path}: holds no question; one JSON object a line is needed")

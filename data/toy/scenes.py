@@ -218,7 +218,7 @@ def draw_details(draw, thing, rng):
         draw.ellipse((dot_x - r, dot_y - r, dot_x + r, dot_y + r), fill=colour)
 
 
-def make_scene(rng, font_px=(20, 56), dot_px=(4, 14), kind=None):
+def make_scene(rng, font_px=(12, 28), dot_px=(8, 16), kind=None):
     """A fresh Scene; with `kind`, one that can pose that kind of question (a yes/no kind: either answer).
     Sizes are ranges in source px: make_scene(random.Random(0), font_px=(40, 56)) has large texts only."""
     while True:

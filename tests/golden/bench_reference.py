@@ -2,6 +2,7 @@
 
     python tests/golden/bench_reference.py --random small          # in an environment with transformers (5.x), torch, sentencepiece, pillow
     python tests/golden/bench_reference.py --random llava-1.5-7b --repeat 1
+    python tests/golden/bench_reference.py --toy 100               # the bundled toy, loaded by the library itself: the same greedy answers?
 
 Both sides go from a picture to token ids, by our preprocessing and prompt; the reference runs as it comes (SDPA, its own cache).
 The weights are shared, so a 7B takes its 14 GB once. The project and its tests never import transformers.
@@ -22,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bounds import SIZES, sync  # noqa: E402 (also puts the project on the path)
 from random_llava import QUESTION, random_model  # noqa: E402
 from clip import preprocess  # noqa: E402
-from model import canonical, torch_dtype  # noqa: E402
+from data.toy.scenes import ToyQuestions  # noqa: E402
+from model import LLaVA, canonical, torch_dtype  # noqa: E402
 
 
 def reference(llava, w):
@@ -44,23 +46,43 @@ def reference(llava, w):
     return model
 
 
+def expand(llava, ids):
+    """One image token -> N of them, as the library wants it: (1, T)."""
+    at = ids.index(llava.image_token)
+    return torch.tensor([ids[:at] + [llava.image_token] * llava.num_image_tokens + ids[at + 1:]], device=llava.device)
+
+
+def compare_toy(count):
+    llava, same = LLaVA.load("toy", "cpu", "float32"), 0
+    model = LlavaForConditionalGeneration.from_pretrained(llava.folder, dtype=torch.float32).eval()
+    for image, q in (ToyQuestions("reference", count)[i] for i in range(count)):
+        question = q["question"][0]
+        input_ids = expand(llava, llava.prompt_ids(question))
+        pixels = preprocess(image, llava.vision_tower.image_size)[None]
+        out = model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), pixel_values=pixels, do_sample=False,
+                             max_new_tokens=16, pad_token_id=0, eos_token_id=2)[0, input_ids.shape[1]:].tolist()
+        same += llava.detokenize([i for i in out if i != 2]) == llava.generate(image, question, 16)
+    print(f"{same} of {count} greedy answers of {llava.folder.name} are the reference library's (transformers {transformers.__version__}, float32)")
+
+
 def main():
     p = argparse.ArgumentParser(description="Plain answers, ours against the reference library's.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--random", choices=SIZES, default="small", help="whose shapes")
+    p.add_argument("--toy", type=int, metavar="COUNT", help="compare answers of the bundled toy to so many questions instead")
     p.add_argument("--layers", type=int, help="fewer decoder layers")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", help="default: float16 on a GPU; on a CPU bfloat16, small float32")
     p.add_argument("--new-tokens", type=int, default=10)
     p.add_argument("--repeat", type=int, default=3, help="rounds that count; from 2 on, one more warms up")
     args = p.parse_args()
+    if args.toy:
+        return compare_toy(args.toy)
     device = torch.device(args.device)
     dtype = torch_dtype(args.dtype) or (torch.float16 if device.type == "cuda" else torch.bfloat16 if "llava" in args.random else torch.float32)
     llava, _, _, w = random_model(args.random, device, dtype, args.layers)
     llava.lm_head.weight[32000:] = 0.0  # we never choose these ids, the reference may
     model, image = reference(llava, w), Image.effect_noise((640, 480), 60).convert("RGB")
-    ids = llava.prompt_ids(QUESTION)
-    at = ids.index(llava.image_token)
-    input_ids = torch.tensor([ids[:at] + [llava.image_token] * w.N + ids[at + 1:]], device=device)
+    input_ids = expand(llava, llava.prompt_ids(QUESTION))
 
     def theirs():
         pixels = preprocess(image, llava.vision_tower.image_size)[None].to(device, dtype)
