@@ -150,12 +150,6 @@ class Embeddings(nn.Module):
         return torch.cat([cls, x], 1) + self.position_embedding.weight  # (b, 1+N, C)
 
 
-class Encoder(nn.Module):
-    def __init__(self, c, used):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(c) for _ in range(used))
-
-
 class CLIPVision(nn.Module):
     """pixels (b, 3, S, S) -> patch features (b, N, C): the penultimate layer, without CLS and without a final norm.
 
@@ -175,7 +169,8 @@ class CLIPVision(nn.Module):
         used = feature if feature >= 0 else depth + 1 + feature
         self.embeddings = Embeddings(c)
         self.pre_layrnorm = nn.LayerNorm(c["hidden_size"], eps=c["layer_norm_eps"])  # the checkpoints' spelling
-        self.encoder = Encoder(c, used)
+        self.encoder = nn.Module()  # only for the names of the keys
+        self.encoder.layers = nn.ModuleList(Layer(c) for _ in range(used))
 
     def forward(self, pixels):
         x = self.pre_layrnorm(self.embeddings(pixels))  # (b, 1+N, C)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from clip import BadInput, load_image
+from clip import load_image
 from data import draw, metrics
-from data.files import read_rows
+from data.files import BadInput, read_rows
 from data.questions import read_questions
 from model import ROOT, LLaVA, find_checkpoint, read_json, run_name
 from sdrpn import RPN, answer, load_recipe
@@ -38,6 +38,7 @@ def choose(args):
             raise BadInput(f"{last}: names {run.name}, whose rpn.safetensors is gone; train again, name --ckpt, or delete {last}")
         ckpt, path = str(read_json(run / "config.json").get("ckpt")), run / "rpn.safetensors"
     folder = find_checkpoint(ckpt or "toy")
+    read_json(folder / "config.json")  # a folder that is no checkpoint is not told to train an RPN
     if not path and args.mode != "plain":
         places = ROOT / "out" / run_name(ckpt or "toy") / "rpn.safetensors", folder / "rpn.safetensors"
         path = next((p for p in places if p.is_file()), None)

@@ -23,8 +23,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from clip import BadInput, CLIPVision, load_image, preprocess  # noqa: F401 (load_image is for callers)
+from clip import CLIPVision, preprocess
 from data.config import KNOWN, read_json, read_sizes
+from data.files import BadInput
 
 ROOT = Path(__file__).resolve().parent
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "

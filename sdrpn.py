@@ -23,8 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from clip import BadInput, preprocess_crop
-from data.files import write_file
+from clip import preprocess_crop
+from data.files import BadInput, write_file
 from data.recipe import RECIPES, faults
 from model import Block, KVCache, RMSNorm, open_safetensors, open_shards, read_json, rope_table, wider
 
@@ -427,11 +427,6 @@ def picture_cells(grid, image_size):
     return on[1][:, None] & on[0]
 
 
-def bounding_box(cells):
-    ys, xs = cells.nonzero(as_tuple=True)
-    return xs.min().item(), ys.min().item(), xs.max().item() + 1, ys.max().item() + 1
-
-
 def crop_tokens(llava, image, regions, mode, max_regions=2):
     """Eq. 7 (mode "box") or Eq. 8 ("mask"): regions -> new image tokens (1, n, D) and the source boxes they show.
 
@@ -444,7 +439,8 @@ def crop_tokens(llava, image, regions, mode, max_regions=2):
         boxes = [grid_to_image(regions[i].box, g, image.size) for i in sorted(best)]
     else:
         cells = torch.stack([r.cells for r in regions]).any(0)  # B of Eq. 8
-        x0, y0, x1, y1 = around = bounding_box(cells)
+        ys, xs = cells.nonzero(as_tuple=True)
+        x0, y0, x1, y1 = around = xs.min().item(), ys.min().item(), xs.max().item() + 1, ys.max().item() + 1
         boxes = [grid_to_image(around, g, image.size)]
     pixels = torch.stack([preprocess_crop(image, box, size) for box in boxes]).to(llava.device, llava.dtype)
     features = llava.vision_tower(pixels)  # (boxes, N, C)

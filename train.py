@@ -27,9 +27,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from clip import BadInput, load_image, preprocess
+from clip import load_image, preprocess
 from data import draw, metrics
-from data.files import Labels, write_file, write_text
+from data.files import BadInput, Labels, write_file, write_text
 from data.questions import read_questions
 from data.toy.scenes import ToyQuestions
 from model import ROOT, LLaVA, find_checkpoint, read_json, run_name

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bench  # noqa: E402 (also puts the project on the path)
 from bounds import Machine, work  # noqa: E402
-from random_llava import QUESTION, Steered, band, random_model, squares  # noqa: E402
+from random_llava import QUESTION, Steered, band, random_model, squares, write_checkpoint  # noqa: E402
 from sdrpn import answer  # noqa: E402
 
 T, P, CROP = 636, 611, 300  # 35 tokens, the image's 576, 25 more; crop tokens
@@ -63,3 +63,11 @@ def test_bench_runs_whole():
     rows = bench.main(["--random", "tiny", "--repeat", "1", "--device", "cpu"], say=lines.append)
     assert all(measured == measured and abs(measured) < float("inf") for _, measured, _ in rows) and len(rows) > 50
     assert "python tests/bench.py --random tiny --repeat 1 --device cpu" in lines and "B=3, R=2" in lines[2]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="anonymous memory is counted on Linux only")
+def test_a_random_checkpoint_in_shards_loads_and_its_loading_is_measured(tmp_path):
+    write_checkpoint("tiny", tmp_path / "random", shard_bytes=1 << 20)
+    assert len(list((tmp_path / "random").glob("*.safetensors"))) > 2
+    bench.main(["--load", str(tmp_path / "random"), "--device", "cpu", "--dtype", "float16"], say=(lines := []).append)
+    assert "of weights in float16 on cpu" in lines[0] and "x the weights" in lines[0]
