@@ -28,7 +28,7 @@ PAD_COLOUR = tuple(int(255 * m) for m in MEAN)  # (122, 116, 104), what LLaVA pa
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS, MAX_SIDE = 200_000_000, 20_000  # LLaVA pads to a square: a long strip costs its long side twice
 VIT_L_14_336 = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                    image_size=336, patch_size=14, layer_norm_eps=1e-5, hidden_act="quick_gelu", num_channels=3)
+                    image_size=336, patch_size=14, layer_norm_eps=1e-5, hidden_act="quick_gelu")
 Image.MAX_IMAGE_PIXELS = None  # our own limits are checked before any pixel is decoded
 warnings.filterwarnings("ignore", module="PIL")  # a file that Pillow only grumbles about is readable
 
@@ -141,7 +141,7 @@ class Embeddings(nn.Module):
         super().__init__()
         C, patch = c["hidden_size"], c["patch_size"]
         self.class_embedding = nn.Parameter(torch.zeros(C))
-        self.patch_embedding = nn.Conv2d(c["num_channels"], C, patch, stride=patch, bias=False)
+        self.patch_embedding = nn.Conv2d(3, C, patch, stride=patch, bias=False)
         self.position_embedding = nn.Embedding((c["image_size"] // patch) ** 2 + 1, C)
 
     def forward(self, pixels):

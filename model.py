@@ -69,8 +69,7 @@ def rotate(x, rope):
 class KVCache:
     """Keys and values of all layers, allocated once per answer: lists k and v of a (b, Hkv, length, d) per layer.
 
-    `queries` = {layer: []} makes those layers also keep the rotated q (b, H, t, d) and k (b, Hkv, t, d) of each call: the
-    rows of the response-to-image attention cost nothing else.
+    `queries` = {layer: []} makes those layers also keep the rotated q (b, H, t, d) and k (b, Hkv, t, d) of each call.
     """
 
     def __init__(self, llava, b, length):

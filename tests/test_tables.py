@@ -142,7 +142,7 @@ def run(capsys, what, ckpt, *flags, code=0):
 def test_table3_trains_each_row_once(ckpt, capsys):
     out, err = run(capsys, "table3", ckpt, "--seeds", "0", "1")
     rows = [line for line in out.splitlines() if line.startswith(("plain", "#", "true box"))]
-    assert [r.split()[0] for r in rows] == ["plain", "#1", "#2", "#3", "#4", "#5", "true", "#1", "#2", "#3", "#4", "#5", "true"]
+    assert [r.split()[0] for r in rows] == ["plain", "#1", "#2", "#3", "#4", "#5", "true", "#1", "#2", "#3", "#4", "#5", "true", "#3", "#4", "#5"]
     assert rows[2].endswith("+5.3") and "±" in rows[0] and str(ckpt) not in out
     assert sorted(p.name for p in (ckpt.parent / "out" / "tiny").iterdir()) == [
         f"seed{s}{flags}" for s in (0, 1) for flags in ("", "-loss-mse", "-no-sink-removal")]
