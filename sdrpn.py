@@ -431,7 +431,9 @@ def crop_tokens(llava, image, regions, mode, max_regions=2):
     """Eq. 7 (mode "box") or Eq. 8 ("mask"): regions -> new image tokens (1, n, D) and the source boxes they show.
 
     Box Upscaling: the heaviest max_regions regions, N tokens each. Masked Upscaling: one crop around all regions, of whose
-    patch features only those under the mask are projected (all, if none is).
+    patch features only those under the mask are projected (all, if none is). A mask of 2 x 2 cells on a crop of 4 x 4 tokens:
+    >>> (F.interpolate(torch.tensor([[[[1., 0.], [1., 1.]]]]), (4, 4), mode="bilinear")[0, 0] > 0.5).int().tolist()
+    [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
     """
     size, g = llava.vision_tower.image_size, llava.grid
     if mode == "box":

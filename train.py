@@ -380,10 +380,10 @@ class Run:
 
 # ---------------------------------------------------------------------------------------------- results
 
-def attention_mask(raw, grid, share=0.15):
+def attention_mask(raw, grid):
     """Table 3 #1: the raw map (N,), smoothed, above 0.15 of its maximum -> (g, g) weights for answer(mask=...), or None."""
     p = smooth(raw.view(grid, grid).float().cpu())
-    regions = regions_above(p, share * p.max().item())
+    regions = regions_above(p, 0.15 * p.max().item())
     # A grown region may own cells of weight 0: a little keeps them in the mask.
     return torch.where(torch.stack([r.cells for r in regions]).any(0), p.clamp(min=1e-9), 0.0) if regions else None
 
