@@ -1,5 +1,5 @@
 """
-The program that trained data/toy/llava-toy, a LLaVA-1.5 of 3.6 million parameters: one command, a few hours on 2 cores.
+The program that trained data/toy/llava-toy, a LLaVA-1.5 of 3.6 million parameters: one command, an hour and a half on 2 cores.
 
     python data/toy/pretrain.py            # the same command again goes on from its own checkpoint
 
