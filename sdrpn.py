@@ -441,8 +441,8 @@ def crop_tokens(llava, image, regions, mode, max_regions=2):
         boxes = [grid_to_image(regions[i].box, g, image.size) for i in sorted(best)]
     else:
         cells = torch.stack([r.cells for r in regions]).any(0)  # B of Eq. 8
-        ys, xs = cells.nonzero(as_tuple=True)
-        x0, y0, x1, y1 = around = xs.min().item(), ys.min().item(), xs.max().item() + 1, ys.max().item() + 1
+        lefts, tops, rights, bottoms = zip(*(r.box for r in regions))
+        x0, y0, x1, y1 = around = min(lefts), min(tops), max(rights), max(bottoms)
         boxes = [grid_to_image(around, g, image.size)]
     pixels = torch.stack([preprocess_crop(image, box, size) for box in boxes]).to(llava.device, llava.dtype)
     features = llava.vision_tower(pixels)  # (boxes, N, C)
