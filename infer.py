@@ -1,9 +1,11 @@
 """
-An image and a question -> an answer and a picture of where the model looked.
+An image and a question -> an answer, and a picture of where the model looked.
 
-    python infer.py img.jpg "What number is on the star?"       # the answer on stdout, out/img.roi.png, the rest on stderr
-    python infer.py img.jpg                                     # questions one by one, a conversation about one image
-    python infer.py --eval questions.jsonl                      # scores plain and two-stage side by side; goes on if stopped
+    python infer.py img.jpg "What number is on the star?"   # the answer on stdout, a picture in out/
+    python infer.py img.jpg "What number is on the star?" --explain   # every step of the method on it
+    python infer.py img.jpg                                 # a conversation: one question a line
+    python infer.py --eval questions.jsonl                  # scores plain and two-stage side by side
+    torchrun --nproc_per_node 4 infer.py --eval questions.jsonl
 
 Without --ckpt and --rpn: what was trained last (out/last), else the toy with its bundled RPN.
 Left out: batches (each question is answered as in a conversation), sampling, video.
@@ -11,59 +13,112 @@ Left out: batches (each question is answered as in a conversation), sampling, vi
 import argparse
 import hashlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
-import torch
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin stall a busy machine
+import torch  # noqa: E402
 
-from clip import load_image
-from data import draw, metrics
-from data.files import BadInput, read_rows
-from data.questions import read_questions
-from model import ROOT, LLaVA, find_checkpoint, read_json, run_name
-from sdrpn import RPN, answer, load_recipe
+from clip import FORMATS, BadInput, load_image, printable  # noqa: E402
+from data import draw, metrics  # noqa: E402
+from data.files import read_rows, write_text  # noqa: E402
+from data.questions import read_questions  # noqa: E402
+from data.toy.scenes import SIZES  # noqa: E402
+from model import KNOWN, ROOT, compile_decode, find_checkpoint, load, read_family, read_json, run_name  # noqa: E402
+from sdrpn import (RPN, Letterbox, answer, find_regions, load_recipe, make_labels, recipe_for, smooth,  # noqa: E402
+                   teach, teacher_question, teacher_view)
+
+SMALL = 1 << 26  # parameters; a model below this answers fastest on one thread of a CPU
 
 
 def say(*words):
-    print(*words, file=sys.stderr, flush=True)
+    """To stderr, by one process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*(printable(word, keep="\n") for word in words), file=sys.stderr, flush=True)
 
+
+# ---------------------------------------------------------------------------------------- which model
 
 def choose(args):
-    """-> LLaVA, RPN (None in plain mode). What was chosen is said; nothing falls back in silence."""
-    ckpt, path, last = args.ckpt, args.rpn, ROOT / "out" / "last"
-    if not ckpt and not path and last.is_file():
-        run = ROOT / "out" / last.read_text().strip()
-        if not (run / "rpn.safetensors").is_file():
-            raise BadInput(f"{last}: names {run.name}, whose rpn.safetensors is gone; train again, name --ckpt, or delete {last}")
-        ckpt, path = str(read_json(run / "config.json").get("ckpt")), run / "rpn.safetensors"
-    folder = find_checkpoint(ckpt or "toy")
-    read_json(folder / "config.json")  # a folder that is no checkpoint is not told to train an RPN
-    if not path and args.mode != "plain":
-        places = ROOT / "out" / run_name(ckpt or "toy") / "rpn.safetensors", folder / "rpn.safetensors"
-        path = next((p for p in places if p.is_file()), None)
-        if path is None:
-            raise BadInput(f"{folder}: no RPN is trained for it yet; train one with: python train.py --ckpt {ckpt}, name one with --rpn, "
-                           "or use --mode plain")
-    llava = LLaVA.load(folder, args.device, args.dtype)
-    rpn = RPN.load(path, llava) if args.mode != "plain" else None
-    if rpn and rpn.loss != "bce":
-        raise BadInput(f"{rpn.path}: trained with --loss {rpn.loss}, so its map is no probability; only tests/tables.py reads it")
-    say(f"checkpoint {folder}, RPN {rpn.path if rpn else 'none'}, {llava.device} ({'--device' if args.device else 'default'}), "
-        f"{str(llava.dtype)[6:]} ({'--dtype' if args.dtype else 'default for this size and device'})")
-    return llava, rpn
+    """-> model, RPN (None in plain mode), recipe. What was chosen is said; nothing falls back silently."""
+    ckpt, path = args.ckpt, args.rpn
+    if not ckpt and not path:
+        ckpt, path = trained_last()
+    ckpt = ckpt or "toy"
+    folder = find_checkpoint(ckpt)
+    read_family(folder)  # a folder that is no checkpoint is not told to train an RPN
+    recipe = None
+    if args.mode != "plain":
+        recipe = load_recipe(folder)
+        path = path or own_rpn(ckpt, folder)
+    m = load(folder, args.device, args.dtype)
+    if args.budget:
+        set_budget(m, args.budget)
+    rpn = RPN.load(path, m) if args.mode != "plain" else None
+    chosen = "--device" if args.device else "default"
+    dtype = "--dtype" if args.dtype else "default for this size and device"
+    say(f"checkpoint {folder}, RPN {rpn.path if rpn else 'none'}, {m.device} ({chosen}), "
+        f"{str(m.dtype)[6:]} ({dtype}){settle_threads(m)}")
+    return m, rpn, recipe
 
 
-def compile_decode(llava, args):
-    """For caches of the usual length: the picture, 64 more tokens of prompt, the answer; with and without crops."""
-    N = llava.num_image_tokens
-    plain = N + 64 + (args.max_new_tokens or 128)
+def trained_last():
+    """out/last -> its checkpoint and RPN; (None, None) if nothing was trained."""
+    last = ROOT / "out" / "last"
+    if not last.is_file():
+        return None, None
+    run = ROOT / "out" / last.read_text(encoding="utf-8").strip()
+    if not (run / "rpn.safetensors").is_file():
+        raise BadInput(f"{last}: names {run}, whose rpn.safetensors is gone; train again, "
+                       f"name --ckpt, or delete {last}")
+    return str(read_json(run / "config.json").get("ckpt")), run / "rpn.safetensors"
+
+
+def own_rpn(ckpt, folder):
+    """The RPN trained for a checkpoint, or bundled with it, or a released whole model's own."""
+    trained, bundled = ROOT / "out" / run_name(ckpt) / "rpn.safetensors", folder / "rpn.safetensors"
+    if trained.is_file():
+        return trained
+    if bundled.is_file():
+        return bundled
+    if "twig_K" in read_json(folder / "config.json"):
+        return folder
+    raise BadInput(f"{folder}: no RPN is trained for it yet; train one with: python train.py --ckpt {ckpt}, "
+                   "name one with --rpn, or use --mode plain")
+
+
+def set_budget(m, budget):
+    if m.budget is None:
+        raise BadInput("--budget: this model shows every picture at one size; leave it out")
+    if not 0 < budget[0] <= budget[1]:
+        raise BadInput(f"--budget {budget[0]} {budget[1]}: least and most pixels of a picture are needed")
+    m.budget = tuple(budget)
+
+
+def settle_threads(m):
+    """A small model's threads would mostly wait for each other; what the user set is left alone."""
+    if m.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        if sum(p.numel() for p in m.parameters()) < SMALL:
+            torch.set_num_threads(1)
+    return f", {torch.get_num_threads()} thread(s)" if m.device.type == "cpu" else ""
+
+
+def ready_compiled(m, args):
+    """Compile the decoding step for caches of the usual length, with and without crops."""
+    side = m.grid_of(args.picture) if args.picture else (24, 24)
+    N, new = side[0] * side[1], 64 + (args.max_new_tokens or 128)
+    crops = {"plain": 0, "mask": 1, "box": 2}[args.mode]
     try:
-        seconds = llava.compile_decode(plain, plain + {"plain": 0, "mask": 1, "box": 2}[args.mode] * N)
+        seconds = compile_decode(m, N + new, N + new + crops * N)
     except torch._dynamo.exc.BackendCompilerFailed as e:
-        raise BadInput(f"--compile: {str(e).splitlines()[0]}; leave it out, or install a C++ compiler (and Triton on CUDA)") from None
+        raise BadInput(f"--compile: {str(e).splitlines()[0]}; leave it out, or install a C++ compiler "
+                       "(and Triton on CUDA)") from None
     say(f"compiled the decoding step in {seconds:.0f} s")
 
+
+# --------------------------------------------------------------------------------------- one question
 
 def check_question(text):
     if not text.strip():
@@ -75,141 +130,304 @@ def check_question(text):
     return text
 
 
-def one(llava, rpn, image, question, args, tau, history, save):
-    """Answer, and draw the picture with the plain answer beside it. Returns the result."""
+def respond(m, rpn, args, tau, question, history):
+    """Answer one question, save its picture, print -> the answer's text."""
     limit = args.max_new_tokens or 128
-    result = answer(llava, rpn, image, check_question(question), args.mode, tau, limit, history)
-    answers = {"two-stage": result.text} if args.mode != "plain" else {}
-    plain = result.text if not result.boxes else llava.generate(image, question, limit, history)
-    heat = result.logits.sigmoid().numpy() if result.logits is not None else None
-    draw.save(draw.answer_picture(image, heat, result.boxes, [image.crop(b) for b in result.boxes], question,
-                                  {"plain": plain} | answers), save)
-    say(f"picture {save}")
-    return result
+    result = answer(m, rpn, args.picture, check_question(question), args.mode, tau, limit, history)
+    plain = result.text
+    if result.boxes:
+        plain = m.generate(args.picture, question, limit, history)
+    path = free_name(args)
+    if args.explain:
+        drawing = explain(m, rpn, args.recipe, args.picture, question, result, plain, tau)
+    else:
+        answers = {"plain": plain} if args.mode == "plain" else {"plain": plain, "two-stage": result.text}
+        drawing = portrait(m, args.picture, question, result, answers)
+    draw.save(drawing, path, protect=args.image)
+    say(f"picture {path}")
+    times = ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in result.ms.items())
+    say(f"crops {', '.join(map(str, result.boxes)) or 'none'} | {times}")
+    if args.json:
+        rpn_path = str(rpn.path) if rpn else None
+        print(json.dumps({
+            "answer": result.text, "boxes": [list(box) for box in result.boxes], "tau": tau,
+            "mode": args.mode, "ckpt": str(m.folder), "rpn": rpn_path, "ms": result.ms}), flush=True)
+    else:
+        print(printable(result.text, keep="\n\t"), flush=True)
+    return result.text
 
 
-def as_json(result, args, tau, llava, rpn):
-    return json.dumps({"answer": result.text, "boxes": [list(b) for b in result.boxes], "tau": tau, "mode": args.mode,
-                       "ckpt": str(llava.folder), "rpn": str(rpn.path) if rpn else None, "ms": result.ms})
+def free_name(args):
+    """--save, for one question; else the first name in out/ that no file has."""
+    if args.save and args.question:
+        return Path(args.save)
+    stem = "stdin" if args.image in ("-", "/dev/stdin") else Path(args.image).stem
+    first = Path(args.save) if args.save else ROOT / "out" / f"{stem}.{'explain' if args.explain else 'roi'}.png"
+    path, number = first, 2
+    while path.exists():
+        path = first.with_name(f"{first.stem}-{number}{first.suffix}")
+        number += 1
+    return path
 
 
-def converse(llava, rpn, image, args, tau, save):
+def converse(m, rpn, args, tau):
     """Questions from stdin, one a line, about one image; an empty line or the end stops."""
     history = []
     say("ask about the picture; an empty line ends")
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line.strip():
+        line = sys.stdin.readline().strip()
+        if not line:
             return
-        result = one(llava, rpn, image, line.strip(), args, tau, history, save)
-        print(as_json(result, args, tau, llava, rpn) if args.json else result.text, flush=True)
-        history.append((line.strip(), result.text))
+        history.append((line, respond(m, rpn, args, tau, line, history)))
 
 
-# ------------------------------------------------------------------------------------------ evaluation
+def warn_of_strangers(m, args):
+    """The toy knows nothing but its own scenes."""
+    training = (args.recipe or {}).get("train", {})
+    if training.get("data") == "toy scenes" and args.picture.size not in SIZES:
+        say("note: the toy knows only its own scenes (data/toy/scenes.py makes more); of another picture "
+            "it can say nothing sensible. A real model: --ckpt llava-1.5-7b")
 
-def ask_turns(llava, rpn, image, turns, mode, tau, limit):
-    """All turns of a question, each after the model's own answers to those before -> the last result, seconds in all."""
+
+# ------------------------------------------------------------------------------------------- pictures
+
+def crops_of(picture, result):
+    """[(the crop, cells of its grid that were read), ...]"""
+    return [(picture.crop(box), keep.numpy()) for box, keep in zip(result.boxes, result.keeps)]
+
+
+def portrait(m, picture, question, result, answers):
+    heat = None if result.logits is None else result.logits.sigmoid().numpy()
+    letterbox = Letterbox(picture.size, m.grid_of(picture), m.frame(picture.size))
+    return draw.answer_picture(picture, letterbox, heat, result.boxes, crops_of(picture, result), question,
+                               answers)
+
+
+def explain(m, rpn, recipe, picture, question, result, plain, tau):
+    """The whole method on one question, teacher included, as one picture."""
+    own = recipe_for(recipe, None)
+    pixels, letterbox = teacher_view(m, own, picture)
+    on = letterbox.holds_picture()
+    lesson = teach(m, own, pixels[None], [m.prompt_ids(teacher_question(own, question))])
+    taught = {"raw": lesson.raw[0].float().cpu(), "clean": lesson.clean[0].float().cpu(),
+              "labels": make_labels(lesson.clean[0].cpu(), own, on)}
+    steps = {key: value.view(on.shape).numpy() for key, value in taught.items()}
+    view = Letterbox(picture.size, tuple(result.logits.shape), m.frame(picture.size))
+    p = result.logits.sigmoid()
+    steps |= {
+        "picture": picture, "letterbox": view, "teacher_letterbox": letterbox,
+        "sinks": (steps["raw"] > 0) & (steps["clean"] == 0), "rpn": p.numpy(),
+        "smoothed": smooth(p * view.holds_picture()).numpy(), "tau": tau,
+        "regions": [region.box for region in result.regions], "boxes": result.boxes,
+        "crops": crops_of(picture, result), "question": question, "response": lesson.responses[0],
+        "plain": plain, "two_stage": result.text}
+    return draw.explain_picture(steps)
+
+
+# ----------------------------------------------------------------------------------------- evaluation
+
+def ask_turns(m, rpn, picture, turns, mode, tau, limit):
+    """All turns of a question, each after the model's own answers -> the last result, seconds in all."""
     history, began = [], time.perf_counter()
     for turn in turns:
-        result = answer(llava, rpn, image, turn, mode, tau, limit, history)
+        result = answer(m, rpn, picture, turn, mode, tau, limit, history)
         history.append((turn, result.text))
     return result, time.perf_counter() - began
 
 
-def evaluate(llava, rpn, args, recipe):
-    """Plain and two-stage on a file of questions; returns the summary that is printed last."""
+def score(m, rpn, args, q, number, root):
+    """One question, plain and two-stage -> a row of the file of answers."""
+    limit = args.max_new_tokens or q.get("max_new_tokens", 128)
+    tau = args.tau or q.get("tau") or (args.recipe or {}).get("tau", 0.15)
+    row = {"n": number, "id": q.get("id"), "kind": q.get("kind", "all"), "cycle": q.get("cycle"),
+           "answers": q["answers"]}
+    picture = load_image(root / q["image"])
+    modes = {"plain": "plain"}
+    if args.mode != "plain":
+        modes["two_stage"] = args.mode
+    for name, mode in modes.items():
+        result, seconds = ask_turns(m, rpn, picture, q["question"], mode, tau, limit)
+        row[name] = {"answer": result.text, "score": metrics.score(q, result.text),
+                     "seconds": round(seconds, 4), "boxes": [list(box) for box in result.boxes],
+                     "visual_tokens": result.visual_tokens}
+        if q.get("boxes") and mode != "plain":
+            covers, iou = metrics.overlap(result.boxes, q["boxes"], picture.size)
+            row[name] |= {"covers": covers, "iou": iou}
+    return row
+
+
+def setting_key(m, rpn, args, questions, root):
+    """A name for all that makes the answers: code, weights, RPN, questions, pictures, settings."""
+    digest = hashlib.sha256()
+    code = [ROOT / name for name in ("clip.py", "model.py", "sdrpn.py", "infer.py", "data/metrics.py")]
+    code += [Path(sys.modules[type(m).__module__].__file__), Path(args.eval)]
+    if rpn is not None and rpn.path.is_file():
+        code.append(rpn.path)
+    for path in code:
+        digest.update(path.read_bytes())
+    for image in sorted({q["image"] for q in questions}):
+        path = root / image
+        stat = path.stat() if path.is_file() else None
+        digest.update(f"{image} {stat and (stat.st_size, stat.st_mtime_ns)}".encode())
+    settings = [str(root), m.fingerprint, str(m.dtype), args.mode, args.tau, args.max_new_tokens,
+                args.recipe, args.budget, str(rpn.path) if rpn else None, torch.__version__]
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def evaluate(m, rpn, args):
+    """Plain and two-stage on a file of questions; this process's share -> the summary, from rank 0."""
     questions, root = read_questions(args.eval, args.images)
     questions = questions[:args.limit]
-    lacking = next((i for i, q in enumerate(questions) if not q.get("answers")), None)
-    if lacking is not None:
-        raise BadInput(f"{args.eval}: question {lacking + 1} has no 'answers', so it can not be scored")
-    setting = [hashlib.sha256(Path(args.eval).read_bytes()).hexdigest(), str(args.images), llava.fingerprint, str(llava.dtype), args.mode,
-               args.tau, args.max_new_tokens, recipe["tau"], hashlib.sha256(rpn.path.read_bytes()).hexdigest() if rpn and rpn.path.is_file()
-               else str(rpn and rpn.path)]
-    path = ROOT / "out" / "eval" / (hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:16] + ".jsonl")
+    for number, q in enumerate(questions, 1):
+        if not q.get("answers"):
+            raise BadInput(f"{args.eval}: question {number} has no 'answers', so it can not be scored")
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    path = ROOT / "out" / "eval" / f"{setting_key(m, rpn, args, questions, root)}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(path)
-    if rows:
-        say(f"going on: {sum(i in rows for i in range(len(questions)))} of {len(questions)} questions are scored in {path}")
-    began, todo = time.time(), [i for i in range(len(questions)) if i not in rows]
-    with open(path, "a", encoding="utf-8") as file:
-        for done, i in enumerate(todo, 1):
-            q = questions[i]
-            limit, tau = args.max_new_tokens or q.get("max_new_tokens", 128), args.tau or q.get("tau", recipe["tau"])
-            row = {"n": i, "id": q.get("id"), "kind": q.get("kind", "all"), "cycle": q.get("cycle"), "answers": q["answers"]}
+    rows = gather(path, args.fresh, world, rank)
+    done = sum(i in rows for i in range(len(questions)))
+    if done:
+        say(f"going on: {done} of {len(questions)} questions are scored in {path}; --fresh scores them again")
+    todo = [i for i in range(len(questions)) if i not in rows][rank::world]
+    own, began = part(path, rank, world), time.time()
+    with open(own, "a", encoding="utf-8") as file:
+        for count, i in enumerate(todo, 1):
             try:
-                image = load_image(root / q["image"])
-                for name, mode in (("plain", "plain"), ("two_stage", args.mode))[:1 if args.mode == "plain" else 2]:
-                    result, seconds = ask_turns(llava, rpn, image, q["question"], mode, tau, limit)
-                    row[name] = {"answer": result.text, "score": metrics.score(q, result.text), "seconds": round(seconds, 4),
-                                 "boxes": [list(b) for b in result.boxes], "visual_tokens": result.visual_tokens}
-                    if q.get("boxes") and mode != "plain":
-                        row[name]["covers"], row[name]["iou"] = metrics.overlap(result.boxes, q["boxes"], image.size)
+                row = score(m, rpn, args, questions[i], i, root)
             except (BadInput, FloatingPointError) as e:
                 raise BadInput(f"{args.eval}: question {i + 1}: {e}") from None
-            rows[i] = row
             file.write(json.dumps(row) + "\n")
             file.flush()
-            if done % max(1, len(todo) // 50) == 0 or done == len(todo):
-                say(f"question {done}/{len(todo)} | ETA {(time.time() - began) / done * (len(todo) - done):.0f} s")
+            if count % max(1, len(todo) // 50) == 0 or count == len(todo):
+                eta = (time.time() - began) / count * (len(todo) - count)
+                say(f"question {count}/{len(todo)} | ETA {eta:.0f} s")
+    rows = gather(path, False, world, rank)
+    if rank:
+        return None
+    say(f"answers: {path}")
     try:
         return metrics.side_by_side([rows[i] for i in range(len(questions))], questions, say)
     except (KeyError, TypeError, AttributeError):
         if len(todo) == len(questions):
             raise
-        raise BadInput(f"{path}: what an earlier run scored is damaged; delete the file") from None
+        raise BadInput(f"{path}: what an earlier run scored is damaged; use --fresh") from None
 
+
+def part(path, rank, world):
+    """Where one of several processes writes its rows."""
+    return path if world == 1 else path.with_name(f"{path.stem}.{rank}of{world}.jsonl")
+
+
+def gather(path, fresh, world, rank):
+    """All rows so far {n: row}. Parts of several processes are merged into one file, in order, by rank 0."""
+    if world > 1:
+        torch.distributed.barrier()
+    if rank == 0:
+        parts = sorted(path.parent.glob(f"{path.stem}.*of*.jsonl"))
+        if fresh:
+            for old in (path, *parts):
+                old.unlink(missing_ok=True)
+            parts = []
+        rows = read_rows(path)
+        for other in parts:
+            rows |= read_rows(other)
+        if parts:
+            write_text(path, "".join(json.dumps(rows[n]) + "\n" for n in sorted(rows)))
+            for other in parts:
+                other.unlink()
+    if world > 1:
+        torch.distributed.barrier()
+    return read_rows(path)
+
+
+# --------------------------------------------------------------------------------------- command line
 
 def parser():
-    p = argparse.ArgumentParser(description="Answer questions about an image, looking twice.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("image", nargs="?", help="JPEG, PNG, WEBP, BMP, GIF or TIFF")
-    p.add_argument("question", nargs="?", help="leave it out to ask one question after the other")
-    p.add_argument("--eval", metavar="FILE", help="score a file of questions instead")
-    p.add_argument("--images", help="with --eval: folder that its image paths are relative to")
-    p.add_argument("--limit", type=int, help="with --eval: only the first questions")
-    p.add_argument("--ckpt", help="checkpoint folder, or toy, llava-1.5-7b, llava-1.5-13b; default: what was trained last, else the toy")
-    p.add_argument("--rpn", help="rpn.safetensors, or a folder as the authors released it")
-    p.add_argument("--mode", choices=("mask", "box", "plain"), default="mask", help="Masked or Box Upscaling, or the picture as it is")
-    p.add_argument("--tau", type=float, help="threshold on the RoI map; lower it if regions are missed; default: the recipe's")
-    p.add_argument("--max-new-tokens", type=int, help="longest answer; default 128, or the question file's")
-    p.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    p.add_argument("--dtype", help="float16, bfloat16, float32, float64; default: the file's on a GPU; on a CPU float32 below 1 GB, else bfloat16")
-    p.add_argument("--compile", action="store_true", help="compile the decode step; pays off for long answers or --eval")
-    p.add_argument("--save", help="where the picture goes; default out/<image>.roi.png")
-    p.add_argument("--json", action="store_true", help="print one JSON object instead of the bare answer")
+    p = argparse.ArgumentParser(description="Answer questions about an image, looking twice.")
+    add = p.add_argument
+    add("image", nargs="?", help=f"{', '.join(FORMATS)}; - reads it from stdin")
+    add("question", nargs="*", help="in quotes; leave it out to ask one question after the other")
+    add("--explain", action="store_true", help="draw every step of the method on this question")
+    add("--eval", metavar="FILE", help="score a file of questions instead")
+    add("--images", help="with --eval: folder that its image paths are relative to")
+    add("--limit", type=int, help="with --eval: only the first questions")
+    add("--fresh", action="store_true", help="with --eval: score again what was scored before")
+    add("--ckpt", help=f"checkpoint folder, or one of {', '.join(KNOWN)}; "
+                       "default: what was trained last, else the toy")
+    add("--rpn", help="rpn.safetensors, or a folder as the authors released it; default: trained for it, "
+                      "else bundled")
+    add("--mode", choices=("mask", "box", "plain"), default="mask",
+        help="Masked or Box Upscaling, or the picture as it is; default: mask")
+    add("--tau", type=float,
+        help="threshold on the RoI map; lower it if regions are missed; default: the recipe's")
+    add("--budget", type=int, nargs=2, metavar=("MIN", "MAX"),
+        help="pixels a picture is shown with, for models that take any size; default: the checkpoint's")
+    add("--max-new-tokens", type=int, help="longest answer; default: 128, or the question file's")
+    add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+    add("--dtype", help="float16, bfloat16, float32, float64; default: the file's on a GPU; "
+                        "on a CPU float32 below 1 GB, else bfloat16")
+    add("--compile", action="store_true",
+        help="compile the decoding step; pays off for long answers or --eval")
+    add("--save", help="where the picture goes; default: out/<image>.roi.png")
+    add("--font", help="TrueType font for the picture, for scripts that the built-in one lacks")
+    add("--json", action="store_true", help="print one JSON object instead of the bare answer")
     return p
+
+
+def check_flags(args):
+    if bool(args.image) == bool(args.eval):
+        raise BadInput("name an image (and a question), or --eval FILE; see python infer.py --help")
+    if len(args.question) > 1:
+        words = " ".join(args.question)
+        raise BadInput(f'put the question in quotes: python infer.py {args.image} "{words}"')
+    args.question = check_question(args.question[0]) if args.question else None
+    if args.tau is not None and not 0 < args.tau < 1:
+        raise BadInput(f"--tau {args.tau}: must lie between 0 and 1")
+    for flag, value in (("--max-new-tokens", args.max_new_tokens), ("--limit", args.limit)):
+        if value is not None and value < 1:
+            raise BadInput(f"{flag} {value}: must be at least 1")
+    if args.explain and (args.mode == "plain" or args.eval):
+        raise BadInput("--explain shows the method: leave out --mode plain and --eval")
+    if args.image in ("-", "/dev/stdin") and args.question is None:
+        raise BadInput("the image comes from stdin, so the question must be on the command line")
+    if args.save:
+        draw.check_path(args.save, protect=args.image)
+    if args.font:
+        draw.use_font(args.font)
+
+
+def work(args):
+    check_flags(args)
+    args.picture = load_image(args.image) if args.image else None  # before weights: a typo costs no minute
+    m, rpn, args.recipe = choose(args)
+    if args.compile:
+        ready_compiled(m, args)
+    if args.eval:
+        summary = evaluate(m, rpn, args)
+        if summary is not None:
+            print(json.dumps(summary))
+        return
+    warn_of_strangers(m, args)
+    tau = args.tau or (args.recipe or {}).get("tau", 0.15)
+    if args.question is None:
+        converse(m, rpn, args, tau)
+    else:
+        respond(m, rpn, args, tau, args.question, ())
 
 
 def main(argv=None):
     p = parser()
     p.error = lambda message: fail(f"{message}; see python infer.py --help")
     args = p.parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.distributed.init_process_group("gloo")
+        if torch.cuda.is_available() and not args.device:
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        if bool(args.image) == bool(args.eval):
-            raise BadInput("name an image (and a question), or --eval FILE; see python infer.py --help")
-        if args.tau is not None and not 0 < args.tau < 1:
-            raise BadInput(f"--tau {args.tau}: must lie between 0 and 1")
-        if args.max_new_tokens is not None and args.max_new_tokens < 1 or args.limit is not None and args.limit < 1:
-            raise BadInput("--max-new-tokens and --limit must be at least 1")
-        image = load_image(args.image) if args.image else None  # before the weights: a wrong path costs no minute
-        check_question(args.question) if args.question is not None else None
-        llava, rpn = choose(args)
-        recipe = load_recipe(llava)
-        if args.compile:
-            compile_decode(llava, args)
-        if args.eval:
-            print(json.dumps(evaluate(llava, rpn, args, recipe)))
-            return
-        tau = args.tau or recipe["tau"]
-        save = Path(args.save) if args.save else ROOT / "out" / f"{Path(args.image).stem}.roi.png"
-        if args.question is None:
-            return converse(llava, rpn, image, args, tau, save)
-        result = one(llava, rpn, image, args.question, args, tau, (), save)
-        say("crops " + (", ".join(map(str, result.boxes)) or "none") + " | " + ", ".join(f"{k} {v:.0f} ms" for k, v in result.ms.items()))
-        print(as_json(result, args, tau, llava, rpn) if args.json else result.text)
+        work(args)
     except (BadInput, FloatingPointError) as e:
         fail(e)
     except (torch.OutOfMemoryError, MemoryError):
@@ -220,10 +438,13 @@ def main(argv=None):
         fail(f"stdin or stdout can not hold this text ({e}); set PYTHONIOENCODING=utf-8")
     except KeyboardInterrupt:
         fail("stopped; with --eval the same command goes on", 130)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def fail(message, code=2):
-    print("infer.py:", *str(message).split(), file=sys.stderr)
+    print("infer.py:", str(BadInput(message)), file=sys.stderr)
     sys.exit(code)
 
 

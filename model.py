@@ -1,20 +1,24 @@
 """
-Features + words -> words: the projector, the LLaMA decoder, the tokeniser, and LLaVA-1.5 put together and loaded.
+Features + words -> words: the projector, the LLaMA decoder, the tokeniser; LLaVA-1.5 whole, and loaded.
 
-    llava = LLaVA.load("llava-1.5-7b")
-    print(llava.generate(load_image("img.jpg"), "What is written on the sign?"))
+    m = load("llava-1.5-7b")
+    print(m.generate(load_image("img.jpg"), "What is written on the sign?"))
 
-Every size comes from config.json, so the 7 MB toy and the 13B run through the same lines. Only safetensors are read.
-Left out: sampling, quantisation, sliding windows, rotary scaling, padding (batches hold prompts of one length).
-Shapes: b batch, T or t tokens, N = g*g image tokens, D hidden width, H heads (Hkv of them for k and v), d head size.
-Layers and heads count from 0. Positions are plain token indices, the image's N tokens included.
+Every size comes from config.json, so the toy and the 13B run through the same lines. Only safetensors
+are read. Another family (backbones/) is a subclass of LLaVA that overrides what differs.
+Left out: sampling, quantisation, rotary scaling, padding (a batch holds prompts of one length).
+Shapes: b batch, T or t tokens, N = h*w image tokens, D hidden width, H heads (Hkv of them for k and v),
+d head size. Layers and heads count from 0.
 """
 import difflib
 import hashlib
+import importlib
+import json
 import math
 import os
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
@@ -23,19 +27,41 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from clip import CLIPVision, preprocess
-from data.config import KNOWN, read_json, read_sizes
-from data.files import BadInput
+from clip import BadInput, CLIPVision, preprocess, preprocess_crop
 
 ROOT = Path(__file__).resolve().parent
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+# A name for --ckpt -> where the hub has it. Each name means exactly one checkpoint.
+KNOWN = {
+    "toy": None,
+    "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
+    "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+    "deepseek-vl-1.3b": "deepseek-ai/deepseek-vl-1.3b-chat",
+    "deepseek-vl-7b": "deepseek-ai/deepseek-vl-7b-chat",
+    "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+}
+# config.json's model_type -> module and class. A module is imported only when a checkpoint asks for it.
+FAMILIES = {
+    "llava": ("model", "LLaVA"),
+    "multi_modality": ("backbones.deepseek_vl", "DeepSeekVL"),
+    "qwen2_5_vl": ("backbones.qwen2_5_vl", "Qwen2_5VL"),
+}
+# What LlamaConfig and CLIPVisionConfig assume where config.json is silent; the 7B's file leaves most out.
+TEXT_DEFAULTS = dict(
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+    rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=2048, vocab_size=32000)
+VISION_DEFAULTS = dict(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+    image_size=224, patch_size=32)
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
-# ---------------------------------------------------------------------------------------------- decoder
+# ---------------------------------------------------------------------------------- the decoder's parts
 
 def wider(dtype):
-    """float32, or float64 where that is what the model runs in: statistics are never taken in half precision."""
+    """float32, or float64 where the model runs in it: statistics are never taken in half precision."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -50,88 +76,140 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)  # cast back before the weight, as LLaMA does
 
 
-def rope_table(start, t, d, theta, device, dtype):
-    """cos and sin (t, d) for positions start..start+t-1. Built in float32 or wider, cast last: half-precision angles are wrong."""
+def rope_table(positions, d, theta, sections=None, dtype=torch.float32):
+    """Rotary angles of tokens at these positions: cos and sin, the sign of rotate() included -> (2, T, d).
+
+    positions (T,), or (3, T) with `sections` (M-RoPE): so many frequencies follow each of three axes.
+    Built in float32 or wider and cast last: angles in half precision are wrong.
+    """
     wide = wider(dtype)
-    frequencies = theta ** (-torch.arange(0, d, 2, device=device, dtype=wide) / d)  # (d/2,)
-    angles = (start + torch.arange(t, device=device, dtype=wide))[:, None] * frequencies  # (t, d/2)
-    angles = torch.cat([angles, angles], -1)  # (t, d)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    channel = torch.arange(0, d, 2, device=positions.device, dtype=wide)  # (d/2,)
+    angles = positions.to(wide)[..., None] * theta ** (-channel / d)  # ([3,] T, d/2)
+    if positions.dim() == 2:
+        parts = angles.split(sections, -1)
+        angles = torch.cat([part[axis] for axis, part in enumerate(parts)], -1)  # (T, d/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).to(dtype)
 
 
 def rotate(x, rope):
-    """Rotary embedding in the half-split convention: channel i is paired with channel i + d/2. x (b, H, t, d)."""
-    cos, sin = rope
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    """Rotary embedding, half-split: channel i is paired with channel i + d/2. x (b, H, t, d).
+
+    >>> rotate(torch.tensor([1., 0.]), rope_table(torch.tensor([1]), 2, 1e4))  # one pair, by 1 radian
+    tensor([[0.5403, 0.8415]])
+    """
+    cos, signed_sin = rope
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * signed_sin
+
+
+class NoCache:
+    """Tokens that see only each other: the RPN's blocks, whose keys carry gradients."""
+
+    def tap(self, layer, q):
+        pass
+
+    def update(self, layer, start, k, v):
+        return k, v, None
 
 
 class KVCache:
-    """Keys and values of all layers, allocated once per answer: lists k and v of a (b, Hkv, length, d) per layer.
+    """Keys and values of each layer, (b, Hkv, length, d), allocated when the layer is first run.
 
-    `queries` = {layer: []} makes those layers also keep the rotated q (b, H, t, d) and k (b, Hkv, t, d) of each call.
+    queries: {layer: []} makes these layers keep the rotated q (b, H, t, d) of each call.
+    shift: position of the next token minus number of tokens; 0 where a position is an index.
     """
 
-    def __init__(self, llava, b, length):
-        c = llava.config
-        if llava.static is not None:  # a compiled step is bound to one size and place: round up, and use the same memory again
-            length = -(-length // 512) * 512
-        self.k, self.v = (llava.static or {}).get((b, length), (None, None))
-        if self.k is None:
-            shape = (b, c["num_key_value_heads"], length, c["head_dim"])
-            self.k, self.v = ([torch.empty(shape, dtype=llava.dtype, device=llava.device) for _ in range(c["num_hidden_layers"])] for _ in "kv")
-        if llava.static is not None:
-            llava.static[b, length] = self.k, self.v
-            for t in [*self.k, *self.v]:
-                torch._dynamo.mark_static_address(t.zero_())  # zeros: what the mask hides is still multiplied
-        self.queries = {}
+    def __init__(self, m, b, length):
+        self.k, self.v, self.queries, self.shift = {}, {}, {}, 0
+        self.static = m.static  # compile_decode's store of buffers; None: they live as long as this cache
+        self.length = 0
+        self.grow(length)
 
-    def keep(self, rows):
+    def grow(self, length):
+        """Room for so many tokens; what is there stays."""
+        if self.static is not None:  # a compiled step is bound to a size: few sizes, few compilations
+            length = -(-length // 512) * 512
+        self.length = max(self.length, length)
+
+    def tap(self, layer, q):
+        if layer in self.queries:
+            self.queries[layer].append(q)
+
+    def update(self, layer, start, k, v):
+        """Put k and v (b, Hkv, t, d) at columns start..start+t-1 -> keys, values, mask of what is seen.
+
+        Keys and values are (b, Hkv, start+t, d); mask None: all before, and causal among the new ones.
+        """
+        if layer not in self.k or self.k[layer].shape[2] < self.length:
+            self.allocate(layer, start, k)
+        keys, values = self.k[layer], self.v[layer]
+        if torch.is_tensor(start):  # a compiled step: one token against the whole buffer, behind a mask
+            keys.index_copy_(2, start, k)
+            values.index_copy_(2, start, v)
+            return keys, values, torch.arange(keys.shape[2], device=k.device)[None] <= start
+        t, end, mask = k.shape[2], start + k.shape[2], None
+        keys[:, :, start:end] = k
+        values[:, :, start:end] = v
+        if start > 0 and t > 1:  # row i sees columns 0..start+i
+            mask = torch.ones(t, end, dtype=torch.bool, device=k.device).tril(start)
+        return keys[:, :, :end], values[:, :, :end], mask
+
+    def allocate(self, layer, start, k):
+        """Buffers of self.length for one layer; the first `start` columns are carried over."""
+        shape = (*k.shape[:2], self.length, k.shape[3])
+        if self.static is None:
+            new = k.new_empty(shape), k.new_empty(shape)
+        elif (layer, shape) in self.static:
+            new = self.static[layer, shape]
+        else:  # zeros: what the mask hides is still multiplied
+            new = self.static[layer, shape] = k.new_zeros(shape), k.new_zeros(shape)
+            for buffer in new:
+                torch._dynamo.mark_static_address(buffer)
+        if layer in self.k:
+            new[0][:, :, :start] = self.k[layer][:, :, :start]
+            new[1][:, :, :start] = self.v[layer][:, :, :start]
+        self.k[layer], self.v[layer] = new
+
+    def keep(self, batch):
         """Go on with these rows of the batch only."""
-        self.k, self.v = [k[rows] for k in self.k], [v[rows] for v in self.v]
+        self.k = {layer: k[batch] for layer, k in self.k.items()}
+        self.v = {layer: v[batch] for layer, v in self.v.items()}
 
 
 class Attention(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        D, self.H, self.Hkv, self.d = c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
-        self.q_proj = nn.Linear(D, self.H * self.d, bias=False)
-        self.k_proj = nn.Linear(D, self.Hkv * self.d, bias=False)
-        self.v_proj = nn.Linear(D, self.Hkv * self.d, bias=False)
-        self.o_proj = nn.Linear(self.H * self.d, D, bias=False)
+        D, self.d, bias = config["hidden_size"], config["head_dim"], config["qkv_bias"]
+        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        self.q_proj = nn.Linear(D, heads * self.d, bias=bias)
+        self.k_proj = nn.Linear(D, kv_heads * self.d, bias=bias)
+        self.v_proj = nn.Linear(D, kv_heads * self.d, bias=bias)
+        self.o_proj = nn.Linear(heads * self.d, D, bias=False)
+        self.grouped = heads != kv_heads
 
     def split(self, x):
         """(b, t, heads * d) -> (b, heads, t, d)"""
         return x.unflatten(-1, (-1, self.d)).transpose(1, 2)
 
-    def forward(self, x, rope, layer, cache=None, start=0):
+    def forward(self, x, rope, layer, cache, start):
         q = rotate(self.split(self.q_proj(x)), rope)  # (b, H, t, d)
         k = rotate(self.split(self.k_proj(x)), rope)  # (b, Hkv, t, d)
         v = self.split(self.v_proj(x))
-        t, mask = x.shape[1], None
-        if cache is not None:
-            if layer in cache.queries:
-                cache.queries[layer].append((q, k))
-            keys, values, end = cache.k[layer], cache.v[layer], start + t
-            if torch.is_tensor(start):  # compiled: one token against all of the cache, behind a mask
-                k, v = keys.index_copy_(2, start, k), values.index_copy_(2, start, v)  # (b, Hkv, length, d)
-                mask = torch.arange(k.shape[2], device=x.device)[None] <= start  # (1, length)
-            else:
-                keys[:, :, start:end], values[:, :, start:end] = k, v
-                k, v = keys[:, :, :end], values[:, :, :end]  # (b, Hkv, start+t, d)
-                if start > 0 and t > 1:  # row i sees columns 0..start+i
-                    mask = torch.ones(t, end, dtype=torch.bool, device=x.device).tril(start)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and t > 1,
-                                           enable_gqa=self.H != self.Hkv)  # (b, H, t, d)
+        cache.tap(layer, q)
+        k, v, mask = cache.update(layer, start, k, v)  # (b, Hkv, start+t, d)
+        causal = mask is None and x.shape[1] > 1
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)  # (b, H, t, d)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (b, t, D)
 
 
 class MLP(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        D, I = c["hidden_size"], c["intermediate_size"]
-        self.gate_proj, self.up_proj = nn.Linear(D, I, bias=False), nn.Linear(D, I, bias=False)
-        self.down_proj = nn.Linear(I, D, bias=False)
+        D, inner = config["hidden_size"], config["intermediate_size"]
+        self.gate_proj = nn.Linear(D, inner, bias=False)
+        self.up_proj = nn.Linear(D, inner, bias=False)
+        self.down_proj = nn.Linear(inner, D, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -140,123 +218,189 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One LLaMA decoder layer: hidden states (b, t, D) -> (b, t, D)."""
 
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        self.input_layernorm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
-        self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
-        self.mlp = MLP(c)
+        D, eps = config["hidden_size"], config["rms_norm_eps"]
+        self.input_layernorm, self.self_attn = RMSNorm(D, eps), Attention(config)
+        self.post_attention_layernorm, self.mlp = RMSNorm(D, eps), MLP(config)
 
-    def forward(self, x, rope, layer=0, cache=None, start=0):
+    def forward(self, x, rope, layer=0, cache=NoCache(), start=0):
         x = x + self.self_attn(self.input_layernorm(x), rope, layer, cache, start)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
-        self.layers = nn.ModuleList(Block(c) for _ in range(c["num_hidden_layers"]))
-        self.norm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
+        self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
+        self.layers = nn.ModuleList(Block(config) for _ in range(config["num_hidden_layers"]))
+        self.norm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
 
 
 class Projector(nn.Module):
-    """CLIP features (b, N, C) -> the decoder's input space (b, N, D)."""
+    """CLIP features (b, n, C) -> the decoder's input space (b, n, D)."""
 
     def __init__(self, C, D, bias=True):
         super().__init__()
         self.linear_1, self.linear_2 = nn.Linear(C, D, bias=bias), nn.Linear(D, D, bias=bias)
 
     def forward(self, x):
-        return self.linear_2(F.gelu(self.linear_1(x)))  # the exact (erf) GELU here, not the tower's quick_gelu
+        return self.linear_2(F.gelu(self.linear_1(x)))  # the exact (erf) GELU, not the tower's
 
 
 # ------------------------------------------------------------------------------------------------ LLaVA
 
+@dataclass
+class Crop:
+    """Image tokens of one crop, and where they lie in its own grid."""
+    tokens: torch.Tensor  # (n, D)
+    grid: tuple           # (h, w)
+    keep: torch.Tensor    # (h*w,) bool: which n cells of the grid the tokens are
+
+
 class LLaVA(nn.Module):
-    """CLIP tower + projector + LLaMA decoder, with its tokeniser. Build it with `LLaVA.load`.
+    """CLIP tower + projector + LLaMA decoder + tokeniser. Built by `load`.
 
-    Attributes: config (the decoder's sizes), grid (g, an int), num_image_tokens (N), folder, device, dtype.
+    Attributes: config (all sizes, by their names in config.json), tokenizer, folder, fingerprint.
     """
+    recipes = {}  # a backbone's released recipes, found as sdrpn.RECIPES are
 
-    def __init__(self, config, vision_config, image_token, tokenizer=None, projector_bias=True):
+    def __init__(self, config, tokenizer=None):
         super().__init__()
-        self.config, self.image_token, self.tokenizer = config, image_token, tokenizer
-        self.vision_tower = CLIPVision(vision_config)
-        self.multi_modal_projector = Projector(vision_config["hidden_size"], config["hidden_size"], projector_bias)
+        self.config, self.tokenizer = config, tokenizer
+        self.build_tower()
         self.language_model = Decoder(config)
         self.lm_head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
-        self.grid, self.num_image_tokens = self.vision_tower.grid, self.vision_tower.grid ** 2
-        self.folder, self.fingerprint = None, None
-        self.static = None  # compile_decode: {(b, length): keys and values}
+        self.folder, self.fingerprint, self.static = None, None, None
+
+    def build_tower(self):
+        vision = self.config["vision"]
+        self.vision_tower = CLIPVision(vision)
+        self.multi_modal_projector = Projector(
+            vision["hidden_size"], self.config["hidden_size"], self.config["projector_bias"])
 
     device = property(lambda self: self.lm_head.weight.device)
     dtype = property(lambda self: self.lm_head.weight.dtype)
+    depth = property(lambda self: self.config["num_hidden_layers"])
 
     # ---- words
 
     def prompt_ids(self, question, history=()):
-        """The vicuna_v1 prompt as ids, one image_token where the image goes; history = ((question, answer), ...).
+        """The vicuna_v1 prompt as ids, one image_token where the image goes.
 
-        The pieces around the image and after each </s> are tokenised apart, as LLaVA does. Only this template places the
-        ids of <image> and </s>: typed by a user they stay text.
+        history = ((question, answer), ...). The pieces around the image and after each </s> are
+        tokenised apart, as LLaVA does. Only this template places the ids of <image> and </s>: typed by
+        a user they stay text.
         """
-        sp = self.tokenizer
-        ids = [sp.bos_id(), *sp.encode(f"{SYSTEM} USER: "), self.image_token]
+        encode = self.tokenizer.encode
+        ids = [self.tokenizer.bos_id(), *encode(f"{SYSTEM} USER: "), self.config["image_token"]]
         for turn, (q, a) in enumerate([*history, (question, None)]):
-            text = f"{q} ASSISTANT:" + ("" if a is None else f" {a}")
-            ids += sp.encode("\n" + text) if turn == 0 else self._after_eos("USER: " + text)
+            text = f"{q} ASSISTANT:" if a is None else f"{q} ASSISTANT: {a}"
+            ids += encode("\n" + text) if turn == 0 else self.encode_after_eos("USER: " + text)
             if a is not None:
-                ids.append(sp.eos_id())
+                ids.append(self.tokenizer.eos_id())
         return ids
 
-    def _after_eos(self, text):
-        """LLaVA's tokeniser puts no dummy space before a piece that follows </s>: encode it behind a newline, drop that."""
+    def encode_after_eos(self, text):
+        """LLaVA's tokeniser puts no dummy space behind </s>: encode behind a newline, and drop that."""
         return self.tokenizer.encode("\n" + text)[len(self.tokenizer.encode("\n")):]
 
     def tokenize(self, prompt_text):
-        """A rendered prompt with one <image> (and </s> after each past answer) -> ids with one image token."""
-        sp = self.tokenizer
+        """A rendered prompt with one <image> (and </s> after past answers) -> ids, one for the image."""
         before, image, after = prompt_text.partition("<image>")
-        ids = [sp.bos_id(), *sp.encode(before)]
-        if image:
-            ids.append(self.image_token)
-            first, *rest = after.split("</s>")
-            ids += sp.encode(first)
-            for piece in rest:
-                ids += [sp.eos_id(), *(self._after_eos(piece) if piece else [])]
+        ids = [self.tokenizer.bos_id(), *self.tokenizer.encode(before)]
+        if not image:
+            return ids
+        first, *rest = after.split("</s>")
+        ids += [self.config["image_token"], *self.tokenizer.encode(first)]
+        for piece in rest:
+            ids.append(self.tokenizer.eos_id())
+            if piece:
+                ids += self.encode_after_eos(piece)
         return ids
 
     def detokenize(self, ids):
         return self.tokenizer.decode(list(ids)).strip()
 
-    # ---- pictures and hidden states
+    @property
+    def pieces(self):
+        """Size of the tokeniser: the rows of the vocabulary from here on are padding, never chosen."""
+        return self.tokenizer.get_piece_size()
+
+    # ---- pictures
+
+    def pixels(self, picture, box=None):
+        """How the tower is shown a picture, or of it a box in source pixels -> (3, S, S) float32."""
+        size = self.vision_tower.image_size
+        return preprocess(picture, size) if box is None else preprocess_crop(picture, box, size)
+
+    def token_grid(self, pixels):
+        """Image tokens of pixels (..., 3, S, S), as (h, w)."""
+        return self.vision_tower.grid, self.vision_tower.grid
+
+    def grid_of(self, picture):
+        """Image tokens of a picture, as (h, w)."""
+        return self.vision_tower.grid, self.vision_tower.grid
+
+    def frame(self, picture_size):
+        """Width and height in source pixels of what the grid covers, centred on the picture."""
+        return max(picture_size), max(picture_size)
+
+    def features(self, pixels):
+        """(b, 3, S, S) -> (b, N, C), what the tower says of each cell of the grid."""
+        return self.vision_tower(pixels.to(self.device, self.dtype))
+
+    def project(self, features):
+        """(b, n, C) of any n cells -> image tokens (b, n, D)."""
+        return self.multi_modal_projector(features)
 
     @torch.no_grad()
-    def encode_images(self, pixels):
-        """pixels (b, 3, S, S) -> projected image tokens (b, N, D)."""
-        return self.multi_modal_projector(self.vision_tower(pixels.to(self.device, self.dtype)))
+    def encode(self, pixels):
+        """(b, 3, S, S) -> image tokens (b, N, D)."""
+        return self.project(self.features(pixels))
 
-    def view(self, image):
-        """The whole picture's tokens (1, N, D)."""
-        return self.encode_images(preprocess(image, self.vision_tower.image_size)[None])
+    # ---- sequences
 
     def embed(self, ids):
         """Token ids -> (1, t, D)."""
         return self.language_model.embed_tokens(torch.tensor([ids], device=self.device))
 
     def embed_prompt(self, ids, image_tokens):
-        """ids with one image token, image tokens (1, N, D) -> embeddings (1, T, D), and the image's columns as a slice."""
-        i, n = ids.index(self.image_token), image_tokens.shape[1]
-        return torch.cat([self.embed(ids[:i]), image_tokens, self.embed(ids[i + 1:])], 1), slice(i, i + n)
+        """ids with one image_token, (1, N, D) -> embeddings (1, T, D), the image's columns (a slice)."""
+        at, n = ids.index(self.config["image_token"]), image_tokens.shape[1]
+        parts = [self.embed(ids[:at]), image_tokens, self.embed(ids[at + 1:])]
+        return torch.cat(parts, 1), slice(at, at + n)
 
-    def run(self, hidden_states, first, last, cache=None, start=0):
-        """Decoder layers first..last-1 on hidden states (b, t, D) of the tokens at positions start..start+t-1.
+    def positions(self, ids, grid):
+        """Positions (T,) of a prompt whose one image_token stands for h*w tokens: plain indices."""
+        return torch.arange(len(ids) - 1 + grid[0] * grid[1], device=self.device)
 
-        With a cache the tokens also see everything at positions 0..start-1 that was run through the same layers before.
+    def rope(self, positions):
+        """(T,), or (3, T) in a family with M-RoPE -> rotary table (2, T, d) in the model's dtype."""
+        c = self.config
+        return rope_table(positions, c["head_dim"], c["rope_theta"], c["mrope_section"], self.dtype)
+
+    def splice(self, tail, start, crops):
+        """What follows the image in stage 2 (Sec. 3.4): the crops' tokens, right behind it, then `tail`.
+
+        tail (1, t, D): embeddings of the text behind the image, whose first token stood at position
+        `start`. -> embeddings (1, t', D) and their positions; these simply run on.
         """
-        c, t = self.config, hidden_states.shape[1]
-        rope = rope_table(start, t, c["head_dim"], c["rope_theta"], hidden_states.device, hidden_states.dtype)
+        spliced = torch.cat([*(crop.tokens[None] for crop in crops), tail], 1)
+        return spliced, torch.arange(start, start + spliced.shape[1], device=self.device)
+
+    def check_length(self, tokens):
+        limit = self.config["max_position_embeddings"]
+        if tokens > limit:
+            raise BadInput(f"the prompt and its answer need {tokens} tokens, the model has room for {limit}; "
+                           "shorten the question or the conversation, or lower --max-new-tokens")
+
+    def run(self, hidden_states, first, last, rope, cache=NoCache(), start=0):
+        """Decoder layers first..last-1 on hidden states (b, t, D), with the rotary table of their tokens.
+
+        With a cache, the t tokens stand at columns start.. and also see all columns before, which must
+        have been run through the same layers.
+        """
         for layer in range(first, last):
             hidden_states = self.language_model.layers[layer](hidden_states, rope, layer, cache, start)
         return hidden_states
@@ -265,123 +409,327 @@ class LLaVA(nn.Module):
         """(..., D) after the last layer -> logits (..., vocab)."""
         return self.lm_head(self.language_model.norm(hidden_states))
 
-    def check_length(self, tokens):
-        limit = self.config["max_position_embeddings"]
-        if tokens > limit:
-            raise BadInput(f"the prompt and its answer need {tokens} tokens, the model has room for {limit}; shorten the question "
-                           "or the conversation, or lower --max-new-tokens")
-
     # ---- answers
 
     @torch.no_grad()
-    def logits(self, image, prompt_text):
-        """Logits (T, vocab) of a rendered prompt that holds one <image>; T counts the image's N tokens."""
-        hidden_states, _ = self.embed_prompt(self.tokenize(prompt_text), self.view(image))
-        return self.head(self.run(hidden_states, 0, self.config["num_hidden_layers"]))[0]
+    def logits(self, picture, prompt_text):
+        """Logits (T, vocab) of a rendered prompt that holds one image; T counts its N tokens."""
+        ids, pixels = self.tokenize(prompt_text), self.pixels(picture)[None]
+        hidden_states, _ = self.embed_prompt(ids, self.encode(pixels))
+        rope = self.rope(self.positions(ids, self.token_grid(pixels)))
+        return self.head(self.run(hidden_states, 0, self.depth, rope))[0]
 
     @torch.no_grad()
-    def decode(self, last_hidden, cache, position, max_new_tokens, ignore_eos=False):
-        """Greedy decoding from the last prompt token's hidden state (b, D), whose successor sits at `position`.
-
-        Returns b lists of ids without EOS. Tokens beyond the tokeniser's size (padding rows of the vocabulary) are never
-        chosen. A row that has ended leaves the batch, so it stops costing. EOS is never fed back, nor is the last of
-        max_new_tokens: `cache.queries` then holds one row for each token fed.
-        """
-        vocab, eos = self.tokenizer.get_piece_size(), self.tokenizer.eos_id()
-        answers = [[] for _ in range(len(last_hidden))]
-        alive = list(range(len(answers)))
-        for step in range(max_new_tokens):
-            logits = self.head(last_hidden)[:, :vocab]  # (alive, vocab)
-            if ignore_eos:
-                logits[:, eos] = float("-inf")
-            tokens = logits.argmax(-1)  # NaN counts as largest
-            ids, best = torch.stack([tokens.float(), logits.gather(-1, tokens[:, None])[:, 0].float()]).tolist()  # the one host sync of a step
-            if not all(map(math.isfinite, best)):
-                raise FloatingPointError(f"the model's logits are not finite in {str(self.dtype)[6:]}; try --dtype bfloat16 or float32")
-            ids = [int(i) for i in ids]
-            stay = [r for r, i in enumerate(ids) if i != eos]
-            for r in stay:
-                answers[alive[r]].append(ids[r])
-            if not stay or step == max_new_tokens - 1:
-                break
-            if len(stay) < len(ids):
-                tokens, alive = tokens[stay], [alive[r] for r in stay]
-                cache.keep(stay)
-            at = position + step
-            last_hidden = self.advance(tokens, cache, at if self.static is None else torch.tensor([at], device=self.device))
-        return answers
-
-    def advance(self, tokens, cache, position):
-        """One decoding step: ids (b,) at `position` -> the hidden state after the last layer (b, D)."""
-        hidden_states = self.language_model.embed_tokens(tokens)[:, None]  # (b, 1, D)
-        return self.run(hidden_states, 0, self.config["num_hidden_layers"], cache, start=position)[:, -1]
-
-    def compile_decode(self, *lengths):
-        """From now on decode with a compiled step, made ready here for caches of these lengths; returns the seconds that took.
-
-        It keeps one cache per rounded length, so answer one question at a time. In half precision it rounds differently.
-        """
-        began, self.static = time.perf_counter(), {}
-        self.advance = torch.compile(self.advance, mode="reduce-overhead" if self.device.type == "cuda" else None, dynamic=False)
-        for length in lengths:  # a few steps each: CUDA graphs are recorded at the second
-            last_hidden = torch.zeros(1, self.config["hidden_size"], dtype=self.dtype, device=self.device)
-            self.decode(last_hidden, KVCache(self, 1, length), 0, 5, ignore_eos=True)
-        return time.perf_counter() - began
-
-    @torch.no_grad()
-    def generate(self, image, question, max_new_tokens=128, history=()):
-        """The plain answer to a question about the whole picture, greedy; history = ((question, answer), ...)."""
-        hidden_states, _ = self.embed_prompt(self.prompt_ids(question, history), self.view(image))
+    def generate(self, picture, question, max_new_tokens=128, history=()):
+        """The plain answer to a question about the whole picture, greedy."""
+        ids, pixels = self.prompt_ids(question, history), self.pixels(picture)[None]
+        hidden_states, _ = self.embed_prompt(ids, self.encode(pixels))
+        positions = self.positions(ids, self.token_grid(pixels))
         T = hidden_states.shape[1]
         self.check_length(T + max_new_tokens)
         cache = KVCache(self, 1, T + max_new_tokens)
-        last = self.run(hidden_states, 0, self.config["num_hidden_layers"], cache)[:, -1]
+        cache.shift = next_position(positions) - T
+        last = self.run(hidden_states, 0, self.depth, self.rope(positions), cache)[:, -1]
         return self.detokenize(self.decode(last, cache, T, max_new_tokens)[0])
 
-    # ---- loading
+    @torch.no_grad()
+    def decode(self, last_hidden, cache, position, max_new_tokens):
+        """Greedy decoding from the last prompt token's hidden state (b, D).
+
+        position: the cache's column of the next token. Returns b lists of ids without EOS. EOS is never
+        fed back, nor is the last of max_new_tokens. A row that has ended leaves the batch, unless
+        cache.queries are kept: then each holds one (b, H, 1, d) for every step, rows that ended included.
+        Raises FloatingPointError where a logit is not finite.
+        """
+        first = position + cache.shift
+        rope = self.rope(torch.arange(first, first + max_new_tokens, device=self.device))
+        answers = [[] for _ in range(len(last_hidden))]
+        unended = list(answers)  # the answer that each row of the batch goes on with, None: it has ended
+        for step in range(max_new_tokens):
+            tokens, ids = self.choose(last_hidden)  # (b,), and the same on the host
+            for row, token in enumerate(ids):
+                if token in self.config["eos_ids"]:
+                    unended[row] = None
+                elif unended[row] is not None:
+                    unended[row].append(token)
+            stay = [row for row, answer in enumerate(unended) if answer is not None]
+            if not stay or step == max_new_tokens - 1:
+                break
+            if len(stay) < len(ids) and not cache.queries:
+                tokens, unended = tokens[stay], [unended[row] for row in stay]
+                cache.keep(stay)
+            column = position + step
+            if self.static is not None:
+                column = torch.tensor([column], device=self.device)
+            last_hidden = self.advance(tokens, cache, column, rope[:, step:step + 1])
+        return answers
+
+    def choose(self, last_hidden):
+        """The likeliest next token of each row of (b, D): ids on the device, and on the host."""
+        best, tokens = self.head(last_hidden)[:, :self.pieces].max(-1)  # NaN counts as largest
+        values = torch.stack([tokens.to(wider(best.dtype)), best.to(wider(best.dtype))])
+        ids, best = values.tolist()  # the one host sync of a step
+        if not all(map(math.isfinite, best)):
+            raise FloatingPointError(f"the model's logits are not finite in {str(self.dtype)[6:]}; "
+                                     "try --dtype bfloat16 or float32")
+        return tokens, [int(i) for i in ids]
+
+    def advance(self, tokens, cache, column, rope):
+        """One decoding step: ids (b,) -> the hidden state after the last layer (b, D)."""
+        hidden_states = self.language_model.embed_tokens(tokens)[:, None]  # (b, 1, D)
+        return self.run(hidden_states, 0, self.depth, rope, cache, start=column)[:, -1]
+
+    # ---- what a checkpoint of this family looks like
 
     @classmethod
     def load(cls, path_or_name, device=None, dtype=None):
-        """Load a checkpoint folder in the Hugging Face layout, or a known name (see `find_checkpoint`).
+        """The same as load()."""
+        return load(path_or_name, device, dtype)
 
-        dtype: None = the file's on CUDA; on the CPU float32 below 1 GB of weights, else bfloat16.
-        Raises BadInput, before taking memory, when a file is missing or damaged, a key is unknown or missing, or a shape differs.
+    @classmethod
+    def read_config(cls, folder, config):
+        """config.json's content -> the decoder's sizes, those of the tower under "vision", and flags.
+
+        Raises BadInput on what is nonsense, or not LLaVA-1.5.
         """
-        folder = find_checkpoint(path_or_name)
-        config = read_json(folder / "config.json")
-        shards = open_shards(folder)
-        text, vision, top = read_sizes(folder, config)
-        tokenizer = read_tokenizer(folder, text["vocab_size"], top["image_token"])
+        path = folder / "config.json"
+        if "mm_vision_tower" in config or "mm_projector_type" in config:
+            raise BadInput(f"{path}: a checkpoint in the original LLaVA layout; use the same model as "
+                           f"{KNOWN['llava-1.5-7b']} or {KNOWN['llava-1.5-13b']}")
+        given_text, given_vision = config.get("text_config") or {}, config.get("vision_config") or {}
+        text = read_text_sizes(path, given_text, TEXT_DEFAULTS)
+        if not isinstance(given_vision, dict):
+            raise BadInput(f"{path}: vision_config must be an object; download it again")
+        vision = VISION_DEFAULTS | given_vision if given_vision else {"hidden_size": 1024}
+        check_whole(path, vision, *(key for key in VISION_DEFAULTS if key in vision))
+        check_number(path, {"layer_norm_eps": 1e-5} | vision, "layer_norm_eps")
+        layers, feature = vision.get("num_hidden_layers", 24), config.get("vision_feature_layer", -2)
+        refuse(path, [
+            (type(feature) is not int or not -layers <= feature <= layers,
+             "vision_feature_layer must be one layer"),
+            (config.get("vision_feature_select_strategy", "default") != "default",
+             "vision_feature_select_strategy must be default"),
+            (config.get("projector_hidden_act", "gelu") != "gelu", "projector_hidden_act must be gelu"),
+            (vision["hidden_size"] % vision.get("num_attention_heads", 1) != 0,
+             "the tower's hidden_size is not a multiple of its heads"),
+            (vision.get("image_size", 336) < vision.get("patch_size", 14),
+             "image_size is smaller than patch_size")])
+        return text | {
+            "vision": vision | {"vision_feature_layer": feature},
+            "image_token": config.get("image_token_index", config.get("image_token_id", 32000)),
+            "projector_bias": config.get("multimodal_projector_bias", True),
+            "tied": bool(config.get("tie_word_embeddings", False)),
+            "eos_ids": [2]}
+
+    @staticmethod
+    def read_tokenizer(folder, config):
+        path = folder / "tokenizer.model"
+        if not path.is_file():
+            other = (folder / "tokenizer.json").is_file()
+            raise BadInput(f"{path}: missing{', tokenizer.json alone is not read' if other else ''}; "
+                           "copy the checkpoint's tokenizer.model into the folder")
+        tokenizer = sentencepiece.SentencePieceProcessor()
         try:
-            device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            torch.zeros(1, device=device).item()
-        except (RuntimeError, AssertionError):
-            raise BadInput(f"--device {device}: not on this machine; use cpu" + (", cuda" if torch.cuda.is_available() else "")) from None
-        try:
-            with torch.device("meta"):  # sizes only: no memory until a tensor is read
-                llava = cls(text, vision, top["image_token"], tokenizer, top["projector_bias"])
-        except (RuntimeError, TypeError, ValueError, ArithmeticError) as e:
-            raise BadInput(f"{folder / 'config.json'}: sizes that make no model ({str(e)[:80]}); download it again") from None
-        where = match_keys(folder, llava, shards, tied=top["tied"])
-        dtype = torch_dtype(dtype) or default_dtype(device, where, shards)
-        for key, (file, name) in where.items():
-            tensor = shards[file].get_tensor(name)  # memory-mapped: pages are read as they are converted
-            module, _, leaf = key.rpartition(".")
-            tensor = tensor.to(device, dtype)
-            if not torch.isfinite(tensor).all():
-                raise BadInput(f"{folder / file}: {name} holds NaN or infinite values; download the file again")
-            setattr(llava.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
-        if top["tied"]:
-            llava.lm_head.weight = llava.language_model.embed_tokens.weight
-        llava.folder, llava.fingerprint = folder, fingerprint(folder, shards)
-        return llava.eval()
+            tokenizer.LoadFromSerializedProto(path.read_bytes())
+        except (RuntimeError, OSError):
+            raise BadInput(f"{path}: not a sentencepiece model; download it again") from None
+        pieces, vocab, image = tokenizer.get_piece_size(), config["vocab_size"], config["image_token"]
+        if type(image) is not int or not 0 < pieces <= min(vocab, image):
+            raise BadInput(f"{path}: {pieces} pieces, but config.json has {vocab} embeddings and image token "
+                           f"{str(image)[:40]}; use the tokenizer.model of this checkpoint")
+        if (tokenizer.bos_id(), tokenizer.eos_id()) != (1, 2):
+            raise BadInput(f"{path}: BOS and EOS are not 1 and 2 as in LLaMA; "
+                           "use the tokenizer.model of this checkpoint")
+        return tokenizer
+
+    @staticmethod
+    def canonical(name):
+        """Every spelling in circulation -> our parameter's name."""
+        name = re.sub(r"^model\.(?=language_model|vision_tower|multi_modal_projector|lm_head)", "", name)
+        name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
+        name = re.sub(r"^language_model\.model\.", "language_model.", name)
+        return re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
+
+    def ignored(self, key):
+        """Tensors that checkpoints hold and nothing reads: buffers, the tower's layers above the used."""
+        used, depth = len(self.vision_tower.encoder.layers), self.vision_tower.depth
+        layer = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", key)
+        return (key.startswith("vision_tower.post_layernorm.")
+                or key.endswith(("rotary_emb.inv_freq", "embeddings.position_ids"))
+                or layer is not None and used <= int(layer[1]) < depth)
 
 
-# ------------------------------------------------------------------------------------------ checkpoints
+def next_position(positions):
+    """Where the text goes on after tokens at these positions: (T,) or (3, T) -> int."""
+    return int(positions.max()) + 1
+
+
+def compile_decode(m, *lengths):
+    """From now on decode with a compiled step, made ready for caches of these lengths -> seconds it took.
+
+    Its buffers are kept and used again, so answer one question at a time. Half precision rounds differently.
+    """
+    began, m.static = time.perf_counter(), {}
+    mode = "reduce-overhead" if m.device.type == "cuda" else None
+    m.advance = torch.compile(m.advance, mode=mode, dynamic=False)
+    for length in lengths:  # a few steps each: CUDA graphs are recorded at the second
+        cache = KVCache(m, 1, length)
+        hidden_states = torch.zeros(1, 2, m.config["hidden_size"], dtype=m.dtype, device=m.device)
+        with torch.no_grad():
+            m.run(hidden_states, 0, m.depth, m.rope(torch.arange(2, device=m.device)), cache)
+            for column in range(2, 6):
+                position = torch.tensor([column], device=m.device)
+                m.advance(torch.tensor([1], device=m.device), cache, position, m.rope(position))
+    return time.perf_counter() - began
+
+
+# ---------------------------------------------------------------------------------------------- sizes
+
+def read_json(path):
+    """A JSON object from a file. Raises BadInput."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: missing; is {path.parent} a checkpoint folder "
+                       "in the Hugging Face layout?") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise BadInput(f"{path}: not readable as JSON ({e}); download it again") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: not a JSON object; download it again")
+    return value
+
+
+def check_whole(path, sizes, *keys):
+    for key in keys:
+        most = 1 << 10 if "layers" in key else 1 << 20
+        if type(sizes.get(key)) is not int or not 0 < sizes[key] <= most:
+            raise BadInput(f"{path}: {key} = {str(sizes.get(key))[:40]} is not a sensible size; "
+                           "download it again")
+
+
+def check_number(path, sizes, *keys):
+    for key in keys:
+        if type(sizes.get(key)) not in (int, float) or not 0 < sizes[key] < 1e12:
+            raise BadInput(f"{path}: {key} = {str(sizes.get(key))[:40]} is not a sensible number; "
+                           "download it again")
+
+
+def refuse(path, faults):
+    """faults: [(True if it is so, what it says), ...]"""
+    for is_so, what in faults:
+        if is_so:
+            raise BadInput(f"{path}: {what}; this is not a checkpoint this program can run")
+
+
+def read_text_sizes(path, given, defaults):
+    """A LLaMA decoder's sizes, by the names of config.json -> dict with every key that Block reads."""
+    rope = given.get("rope_parameters") or {} if isinstance(given, dict) else None
+    if not isinstance(rope, dict):  # newer files nest rope_theta there
+        raise BadInput(f"{path}: text_config and rope_parameters must be objects; download it again")
+    text = defaults | {key: value for key, value in (given | rope).items() if value is not None}
+    text.setdefault("num_key_value_heads", text.get("num_attention_heads"))
+    check_whole(path, text, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "max_position_embeddings", "vocab_size")
+    check_number(path, text, "rms_norm_eps", "rope_theta")
+    text.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])
+    check_whole(path, text, "head_dim")
+    refuse(path, [
+        (text.get("hidden_act", "silu") != "silu", "hidden_act must be silu"),
+        (text.get("attention_bias"), "attention_bias is not supported"),
+        (text.get("rope_scaling") or text.get("rope_type", "default") != "default",
+         "rope scaling is not supported"),
+        (text["num_attention_heads"] % text["num_key_value_heads"] != 0,
+         "num_attention_heads is not a multiple of num_key_value_heads"),
+        (text["head_dim"] % 2 != 0, "head_dim must be even")])
+    flags = dict(qkv_bias=False, final_norm=True, score_rope=False, mrope_section=None)
+    return text | flags
+
+
+# --------------------------------------------------------------------------------------------- loading
+
+def load(path_or_name, device=None, dtype=None):
+    """Load a checkpoint folder in the Hugging Face layout, or a known name -> LLaVA, or its family's class.
+
+    dtype: None = the file's on CUDA; on the CPU float32 below 1 GB of weights, else bfloat16.
+    Raises BadInput, before taking memory, when a file is missing or damaged, a key unknown or missing, or
+    a shape differs.
+    """
+    folder = find_checkpoint(path_or_name)
+    family, config = read_family(folder)
+    shards = open_shards(folder)
+    tokenizer, device = family.read_tokenizer(folder, config), check_device(device)
+    try:
+        with torch.device("meta"):  # sizes only: no memory until a tensor is read
+            m = family(config, tokenizer)
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as e:
+        raise BadInput(f"{folder / 'config.json'}: sizes that make no model ({str(e)[:80]}); "
+                       "download it again") from None
+    where = match_keys(folder, m, shards)
+    dtype = torch_dtype(dtype) or default_dtype(device, where, shards)
+    for key, (file, name) in where.items():
+        tensor = shards[file].get_tensor(name)  # memory-mapped: pages are read as they are converted
+        tensor = tensor.to(device, dtype)
+        if not torch.isfinite(tensor).all():
+            raise BadInput(f"{folder / file}: {name} holds NaN or infinite values; download the file again")
+        module, _, leaf = key.rpartition(".")
+        setattr(m.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+    if config["tied"]:
+        m.lm_head.weight = m.language_model.embed_tokens.weight
+    m.folder, m.fingerprint = folder, fingerprint(folder, config, shards)
+    return m.eval()
+
+
+def read_family(folder):
+    """-> the class that config.json's model_type asks for, and its checked config."""
+    path = folder / "config.json"
+    if not path.is_file():
+        explain_folder(folder)
+    config = read_json(path)
+    if config.get("quantization_config"):
+        raise BadInput(f"{path}: quantised weights (AWQ, GPTQ, bitsandbytes) are not read; "
+                       "use the float16 or bfloat16 checkpoint")
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        if "mm_vision_tower" in config:
+            kind = "llava"  # the original layout: LLaVA says what to use instead
+        else:
+            raise BadInput(f"{path}: model_type is {kind!r}, not one of {', '.join(FAMILIES)}; "
+                           f"see --help for the names of checkpoints")
+    module, name = FAMILIES[kind]
+    try:
+        family = LLaVA if kind == "llava" else getattr(importlib.import_module(module), name)
+    except ImportError:
+        raise BadInput(f"{path}: a {kind} model needs {module.replace('.', '/')}.py "
+                       "beside model.py; copy it there") from None
+    return family, family.read_config(folder, config) | {"model_type": kind}
+
+
+def explain_folder(folder):
+    """A folder without config.json: say what it is, if that can be told. Raises BadInput."""
+    snapshots = sorted(folder.glob("snapshots/*/config.json"))
+    if snapshots:
+        raise BadInput(f"{folder}: the root of a hub download; name its snapshot: {snapshots[-1].parent}")
+    if any(folder.glob("adapter_*")):
+        raise BadInput(f"{folder}: an adapter (LoRA) alone; merge it into its base model and save that")
+
+
+def check_device(device):
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+        return device
+    except (RuntimeError, AssertionError):
+        others = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        raise BadInput(f"--device {device}: not on this machine; use {others}") from None
+
 
 def find_checkpoint(path_or_name):
-    """A folder, or a name looked up beside the project, under checkpoints/, then in the Hugging Face cache -> Path."""
+    """A folder, or a name looked up beside the project, under checkpoints/, then in the Hugging Face cache.
+
+    The hub's own owner/name stands for the name here. Returns a Path, or raises BadInput.
+    """
     name, path = str(path_or_name), Path(path_or_name)
+    name = next((known for known, repository in KNOWN.items() if repository == name), name)
     if path.is_dir():
         return path
     if name == "toy":
@@ -389,42 +737,35 @@ def find_checkpoint(path_or_name):
     for place in (ROOT.parent / name, ROOT / "checkpoints" / name):
         if place.is_dir():
             return place
+    if name.startswith("liuhaotian/"):
+        size = "13b" if "13b" in name else "7b"
+        raise BadInput(f"{name}: the original layout, in pickles, which are never loaded; "
+                       f"use --ckpt llava-1.5-{size}, the same model as {KNOWN[f'llava-1.5-{size}']}")
     if name not in KNOWN:
-        raise BadInput(f"{name}: no such checkpoint folder, nor one of the names {', '.join(KNOWN)}; check --ckpt")
+        raise BadInput(f"{name}: no such checkpoint folder, nor one of the names {', '.join(KNOWN)}; "
+                       "check --ckpt")
     repository = KNOWN[name]
-    home = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface") / "hub"
-    snapshots = Path(home) / ("models--" + repository.replace("/", "--")) / "snapshots"
-    for snapshot in sorted(snapshots.glob("*"), key=lambda p: p.stat().st_mtime, reverse=True):
-        if (snapshot / "config.json").is_file():
-            return snapshot
-    raise BadInput(f"{name} is not on this machine; download it with: hf download {repository} --local-dir {ROOT / 'checkpoints' / name}")
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface")
+    home = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    snapshots = (home / ("models--" + repository.replace("/", "--")) / "snapshots").glob("*/config.json")
+    newest = sorted(snapshots, key=lambda p: p.stat().st_mtime)
+    if newest:
+        return newest[-1].parent
+    raise BadInput(f"{name} is not on this machine; download it with: hf download {repository} "
+                   f"--local-dir {ROOT / 'checkpoints' / name} (hf: pip install huggingface_hub)")
 
 
 def run_name(path_or_name):
     """What out/<name> is called for a checkpoint: a known name, else the folder's."""
-    folder = find_checkpoint(path_or_name)
-    return "toy" if folder == find_checkpoint("toy") else path_or_name if path_or_name in KNOWN else folder.resolve().name
-
-
-def read_tokenizer(folder, vocab_size, image_token):
-    path = folder / "tokenizer.model"
-    if not path.is_file():
-        raise BadInput(f"{path}: missing; copy the checkpoint's tokenizer.model into the folder")
-    tokenizer = sentencepiece.SentencePieceProcessor()
-    try:
-        tokenizer.LoadFromSerializedProto(path.read_bytes())
-    except (RuntimeError, OSError):
-        raise BadInput(f"{path}: not a sentencepiece model; download it again") from None
-    if type(image_token) is not int or not 0 < tokenizer.get_piece_size() <= min(vocab_size, image_token):
-        raise BadInput(f"{path}: {tokenizer.get_piece_size()} pieces, but config.json has {vocab_size} embeddings and image token "
-                       f"{str(image_token)[:40]}; use the tokenizer.model of this checkpoint")
-    if (tokenizer.bos_id(), tokenizer.eos_id()) != (1, 2):
-        raise BadInput(f"{path}: BOS and EOS are not 1 and 2 as in LLaMA; use the tokenizer.model of this checkpoint")
-    return tokenizer
+    folder, given = find_checkpoint(path_or_name), str(path_or_name)
+    if folder == find_checkpoint("toy"):
+        return "toy"
+    names = {name: name for name in KNOWN} | {hub: name for name, hub in KNOWN.items()}
+    return names.get(given) or folder.resolve().name
 
 
 def open_shards(folder):
-    """All safetensors files of a checkpoint -> {file name: opened file}; headers are checked, no weight is read."""
+    """All safetensors files of a checkpoint -> {file name: opened file}; no weight is read yet."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -436,14 +777,16 @@ def open_shards(folder):
     elif single.is_file():
         names = [single.name]
     else:
-        pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+        pickles = sorted(p.name for end in ("bin", "pt", "pth") for p in folder.glob(f"*.{end}"))
         if pickles:
-            raise BadInput(f"{folder}: holds {pickles[0]}, a pickle, which is never loaded; use the safetensors of "
-                           f"{KNOWN['llava-1.5-7b']} or {KNOWN['llava-1.5-13b']}")
-        raise BadInput(f"{folder}: no model.safetensors and no model.safetensors.index.json; is the download complete?")
+            raise BadInput(f"{folder}: holds {pickles[0]}, a pickle, which is never loaded; use the "
+                           f"safetensors of the hub, for example {KNOWN['llava-1.5-7b']}")
+        raise BadInput(f"{folder}: no model.safetensors and no model.safetensors.index.json; "
+                       "is the download complete?")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise BadInput(f"{folder}: {len(missing)} of {len(names)} shards missing: {', '.join(missing)}; download them again")
+        raise BadInput(f"{folder}: {len(missing)} of {len(names)} shards missing: {', '.join(missing)}; "
+                       "download them again")
     return {name: open_safetensors(folder / name) for name in names}
 
 
@@ -454,52 +797,53 @@ def open_safetensors(path):
         raise BadInput(f"{path}: truncated or not safetensors ({e}); download it again") from None
 
 
-def canonical(name):
-    """Every spelling in circulation -> our parameter name, which is the newest spelling without `model.` and `vision_model.`."""
-    name = re.sub(r"^model\.(?=language_model|vision_tower|multi_modal_projector|lm_head)", "", name)
-    name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
-    name = re.sub(r"^language_model\.model\.", "language_model.", name)
-    return re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
+def match_keys(folder, m, shards):
+    """The two-way ledger: {our parameter: (file, name there)}.
 
-
-def match_keys(folder, llava, shards, tied=False):
-    """The two-way ledger: {our parameter: (file, key)}. Every key is used once or is on the ignore list, every parameter filled.
-
-    Ignored: the tower's layers after the feature layer, its post_layernorm, and the buffers inv_freq and position_ids.
+    Every tensor is used once or on the family's ignore list, every parameter is filled, shapes agree.
     """
-    wanted, where, unknown = dict(llava.named_parameters()), {}, []
+    wanted, where, unknown = dict(m.named_parameters()), {}, []
+    tied = m.config["tied"]
     if tied:
         wanted.pop("lm_head.weight")
-    used_layers = len(llava.vision_tower.encoder.layers)
     for file, shard in shards.items():
         for name in shard.keys():
-            key = canonical(name)
-            layer = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", key)
+            key = m.canonical(name)
+            if key in where:
+                raise BadInput(f"{folder / file}: {name} is there twice (also in {where[key][0]}); "
+                               "download the folder again")
             if key in wanted:
-                if key in where:
-                    raise BadInput(f"{folder / file}: {name} is there twice (also in {where[key][0]}); download the folder again")
                 where[key] = file, name
-            elif not (key.startswith("vision_tower.post_layernorm.") or layer and used_layers <= int(layer[1]) < llava.vision_tower.depth
-                      or key.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")) or tied and key == "lm_head.weight"):
+            elif not (m.ignored(key) or tied and key == "lm_head.weight"):
                 unknown.append(name)
-    if any("mm_projector" in name for name in unknown):
-        raise BadInput(f"{folder}: a checkpoint in the original LLaVA layout (model.mm_projector.*); use {KNOWN['llava-1.5-7b']} "
-                       f"or {KNOWN['llava-1.5-13b']} instead")
     missing = [key for key in wanted if key not in where]
     if missing or unknown:
-        some, what = (missing, "missing") if missing else (unknown, "unknown")
-        near = difflib.get_close_matches(some[0], [canonical(u) for u in unknown] if missing else list(wanted), 1)
-        raise BadInput(f"{folder}: {len(missing)} tensors missing, {len(unknown)} unknown; first {what}: {', '.join(some[:3])}"
-                       + (f" (nearest: {near[0]})" if near else "") + "; config.json and the weights are not of one model")
+        raise BadInput(f"{folder}: {ledger_fault(m, wanted, missing, unknown)}")
     for key, (file, name) in where.items():
-        shape = tuple(shards[file].get_slice(name).get_shape())
-        if shape != tuple(wanted[key].shape):
-            raise BadInput(f"{folder / file}: {name} has shape {shape}, config.json says {tuple(wanted[key].shape)}; "
+        tensor = shards[file].get_slice(name)
+        shape, expected = tuple(tensor.get_shape()), tuple(wanted[key].shape)
+        if shape != expected:
+            raise BadInput(f"{folder / file}: {name} has shape {shape}, config.json says {expected}; "
                            "config.json and the weights are not of one model")
-        if shards[file].get_slice(name).get_dtype() not in ("F16", "BF16", "F32", "F64"):
-            raise BadInput(f"{folder / file}: {name} is {shards[file].get_slice(name).get_dtype()}, not a floating-point tensor; "
+        if tensor.get_dtype() not in DTYPES:
+            raise BadInput(f"{folder / file}: {name} is {tensor.get_dtype()}, not a floating-point tensor; "
                            "quantised checkpoints are not supported")
     return where
+
+
+def ledger_fault(m, wanted, missing, unknown):
+    """One line on keys that do not match, with the nearest name, or with what the folder probably is."""
+    if any("mm_projector" in name for name in unknown):
+        return (f"a checkpoint in the original LLaVA layout (model.mm_projector.*); "
+                f"use {KNOWN['llava-1.5-7b']} or {KNOWN['llava-1.5-13b']} instead")
+    if any(name.startswith("base_model.") for name in unknown):
+        return "an adapter (LoRA), not a whole model; merge it into its base model and save that"
+    some, what = (missing, "missing") if missing else (unknown, "unknown")
+    others = [m.canonical(name) for name in unknown] if missing else list(wanted)
+    near = difflib.get_close_matches(some[0], others, 1)
+    nearest = f" (nearest: {near[0]})" if near else ""
+    return (f"{len(missing)} tensors missing, {len(unknown)} unknown; first {what}: "
+            f"{', '.join(some[:3])}{nearest}; config.json and the weights are not of one model")
 
 
 def torch_dtype(name):
@@ -514,14 +858,17 @@ def torch_dtype(name):
 def default_dtype(device, where, shards):
     slices = [shards[file].get_slice(name) for file, name in where.values()]
     if device.type == "cuda":
-        return {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}[slices[0].get_dtype()]
-    size = sum(4 * torch.Size(s.get_shape()).numel() for s in slices)
+        return DTYPES[slices[0].get_dtype()]
+    size = sum(4 * math.prod(s.get_shape()) for s in slices)
     return torch.float32 if size < 2 ** 30 else torch.bfloat16  # 1 GB of float32
 
 
-def fingerprint(folder, shards):
-    """A short name for exactly these weights: config.json, sizes, and of each file all (below 256 MB) or 64 samples of 4 KB."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+def fingerprint(folder, config, shards):
+    """A short name for exactly these weights: the parsed sizes, and of each file its size and content.
+
+    Files from 256 MB on count by 64 samples of 4 KB.
+    """
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for file in sorted(shards):
         path = folder / file
         size = path.stat().st_size

@@ -1,21 +1,26 @@
 """
-SD-RPN, the method whole: a question -> where to look -> look again (arXiv 2509.16944; Sec., Eq. and Alg. are the paper's).
+SD-RPN, the method whole: a question -> where to look -> look again.
 
-    teach()    the frozen model answers, and its response-to-image attention becomes labels      Sec. 3.2, Eq. 1-2
-    RPN        R blocks on top of the first B frozen layers learn those labels                   Sec. 3.3, Eq. 3-5
-    answer()   the RPN's map is cut into regions, these are cropped at full resolution and read  Sec. 3.4, Eq. 6-8
+Sec., Eq. and Alg. are those of the paper, arXiv 2509.16944.
 
-    rpn = RPN.load("data/toy/llava-toy/rpn.safetensors", llava)
-    print(answer(llava, rpn, image, "What number is on the star?").text)
+    teach()    the frozen model answers; where its answer looked becomes labels       Sec. 3.2, Eq. 1-2
+    RPN        R blocks on top of the first B frozen layers learn those labels        Sec. 3.3, Eq. 3-5
+    answer()   the RPN's map is cut into regions, which are cropped and read again    Sec. 3.4, Eq. 6-8
 
-Left out: the training loop (train.py), the ablations' baselines (tests/tables.py).
-Shapes: b batch, n turns, m response rows, T tokens, N = g*g image tokens, D hidden width, H heads, d head size.
-Maps are (..., N) row by row, or (g, g); boxes are half-open (x0, y0, x1, y1), in grid cells or in source pixels.
+    m = load("toy")
+    rpn = RPN.load("data/toy/llava-toy/rpn.safetensors", m)
+    print(answer(m, rpn, picture, "What number is on the star?").text)
+
+Left out: the training loop (train.py); baselines and ablations (tests/tables.py).
+Shapes: b batch, n turns, m response rows, T tokens, N = h*w image tokens, D hidden width, H heads, d head
+size. Maps are (..., N) row by row, or (h, w); a grid is (h, w), or an int where it is square. Boxes are
+half-open (x0, y0, x1, y1), in grid cells or in source pixels.
 """
 import json
 import math
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -23,37 +28,128 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from clip import preprocess_crop
-from data.files import BadInput, write_file
-from data.recipe import RECIPES, faults
-from model import Block, KVCache, RMSNorm, open_safetensors, open_shards, read_json, rope_table, wider
+from clip import BadInput, pad_to_square
+from model import (Block, Crop, KVCache, RMSNorm, next_position, open_safetensors, open_shards,
+                   read_family, read_json, rotate, wider)
 
 
-def load_recipe(llava):
-    """recipe.json beside the checkpoint, else the released constants for its decoder's shape."""
-    path = llava.folder / "recipe.json"
-    if path.is_file():
-        recipe = read_json(path)
-        wrong = faults(recipe, llava.config["num_hidden_layers"], llava.config["num_attention_heads"])
-        if wrong:
-            raise BadInput(f"{path}: {', '.join(wrong)}: missing, or not of this model; `python tests/tables.py heads` prints a recipe")
-        return recipe
-    shape = llava.config["num_hidden_layers"], llava.config["hidden_size"]
-    if shape not in RECIPES:
-        raise BadInput(f"{llava.folder}: no recipe.json, and no released recipe for {shape[0]} layers of {shape[1]}; "
-                       "`python tests/tables.py heads --ckpt FOLDER` finds layers and heads and prints one")
-    return RECIPES[shape]
+# ---------------------------------------------------------------------- 1. teacher: pseudo-labels
+
+@dataclass
+class Lesson:
+    """What the teacher says of b samples of one prompt length, and what the student goes on from."""
+    responses: list       # b answers as text
+    raw: torch.Tensor     # (b, N) response-to-image attention, M_RoI
+    clean: torch.Tensor   # (b, N) the same without sinks, M'_RoI
+    hidden: torch.Tensor  # (b, T, D) the prompt's hidden states after the frozen layers
+    columns: slice        # the image's columns in T; the query token is the last of T
+    rope: torch.Tensor    # (2, T, d) rotary table of the prompt
 
 
-# ------------------------------------------------------------------------------ 1. teacher: pseudo-labels
+@torch.no_grad()
+def teach(m, recipe, pixels, prompts, max_new_tokens=128):
+    """Alg. 1 lines 6-11 for b samples: answer, and read off where the answers looked.
 
-def response_attention(q, k, image, prompt, softmax="image"):
-    """Sec. 3.1, Alg. 1 lines 8-10: how much each response row looks at each image token, mean over the rows.
+    pixels (b, 3, H, W); prompts: b lists of ids of one length, so there is no padding and no mask.
+    recipe["sink"] None: no sink is removed (Table 3 #3). A row is a response token fed back in: every
+    token of an answer but EOS, and but the last of one cut at max_new_tokens. No row: the map is zero.
+    Costs beyond answering: at the recipe's layers, q of the rows (decoding computes it anyway) times k.
+    """
+    B, attention, sink = recipe["frozen"], head_lists(m, recipe["attention"]), recipe["sink"]
+    lowest = min(attention)  # H^l of Eq. 1 enters this layer
+    image_tokens = m.encode(pixels)  # (b, N, D)
+    embedded = [m.embed_prompt(ids, image_tokens[i:i + 1]) for i, ids in enumerate(prompts)]
+    hidden, columns = torch.cat([e for e, _ in embedded]), embedded[0][1]  # (b, T, D)
+    b, T, _ = hidden.shape
+    positions = m.positions(prompts[0], m.token_grid(pixels))
+    rope = m.rope(positions)
+    cache = KVCache(m, b, T + max_new_tokens)
+    cache.shift = next_position(positions) - T
 
-    q (H, m, d): rotated queries of the m response tokens fed back in. k (Hkv, prompt + m, d): rotated keys of the prompt
-    and of those tokens. `image` is the slice of the image's columns. Returns (H, N) in float32.
-    softmax="image" is the paper's, over the image tokens alone; "sequence" is the model's ordinary one, sliced.
-    >>> k = torch.tensor([[[0., 0.], [math.log(3), 0.], [0., 0.], [0., 0.]]])    # one head; [text] [image] [image] [response]
+    after = {0: hidden}  # the prompt's hidden states (b, T, D) after so many layers
+    for first, last in pairwise(sorted({0, lowest, B, m.depth})):
+        after[last] = m.run(after[first], first, last, rope, cache)
+    by_attention = sink is not None and sink["kind"] == "attention"
+    sink_heads = head_lists(m, sink["attention"]) if by_attention else {}
+    cache.queries = {layer: [] for layer in {*attention, *sink_heads}}
+    answers = m.decode(after[m.depth][:, -1], cache, T, max_new_tokens)  # line 6
+
+    rows = [min(len(ids), max_new_tokens - 1) for ids in answers]
+    raw = roi_maps(cache, attention, columns, T, rows, recipe["softmax"])  # lines 8-10, (b, N)
+    clean = raw
+    if by_attention:  # the released code's rule; its threshold is for 576 tokens
+        seen = roi_maps(cache, sink_heads, columns, T, rows, "sequence")
+        clean = raw.masked_fill(seen >= sink["threshold"] * 576 / raw.shape[1], 0.0)
+    elif sink is not None:  # line 11
+        entering = after[lowest][:, columns]  # (b, N, D)
+        norms = entering.float().norm(dim=-1)
+        clean = remove_sink_tokens(raw, entering, sink["c"] * norms.median(-1, keepdim=True).values)
+    responses = [m.detokenize(ids) for ids in answers]
+    return Lesson(responses, raw, clean, after[B], columns, rope)
+
+
+# A recipe may show the teacher the picture otherwise, ask it otherwise, and label by further rules.
+
+def teacher_view(m, recipe, picture):
+    """The picture as the teacher sees it -> pixels (3, H, W), and the Letterbox of its grid."""
+    shown, frame = picture, m.frame(picture.size)
+    if recipe.get("square"):
+        shown = pad_to_square(picture, (127, 127, 127))
+        frame = shown.size
+    pixels = m.pixels(shown)
+    return pixels, Letterbox(picture.size, m.token_grid(pixels), frame)
+
+
+def teacher_question(recipe, question):
+    r"""The question as the teacher is asked it: a recipe may ask for a box, not for a short answer.
+
+    >>> teacher_question({"request": "Give the box."}, "Who?\nAnswer briefly.")
+    'Who?\nGive the box.'
+    """
+    if "request" not in recipe:
+        return question
+    return question.rpartition("\n")[0] + "\n" + recipe["request"]
+
+
+def make_labels(clean, recipe, on):
+    """Line 12 by a recipe's rules: a denoised map (N,), cells that hold picture (h, w) -> (N,) int64."""
+    rules = recipe.get("labels", {})
+    padding = on if rules.get("padding") == "background" else None
+    more = {key: rules[key] for key in ("grow", "min_peak") if key in rules}
+    return assign_labels(clean, tuple(on.shape), on=padding, **more)
+
+
+def head_lists(m, attention):
+    """A recipe's {"14": [13, 24]} -> {14: [13, 24]}, null meaning all heads."""
+    every = list(range(m.config["num_attention_heads"]))
+    return {int(layer): every if heads is None else heads for layer, heads in attention.items()}
+
+
+def roi_maps(cache, attention, columns, prompt, rows, softmax):
+    """M_RoI of b samples: mean over a sample's rows, and over the recipe's (layer, head) pairs as one pool.
+
+    cache: keys of everything, queries of the rows. rows: how many each sample has. -> (b, N) float32
+    """
+    maps = []
+    for layer, heads in attention.items():
+        k, steps = cache.k[layer], cache.queries[layer]  # (b, Hkv, length, d), one (b, H, 1, d) a step
+        q = torch.cat(steps, 2) if steps else k[:, :, :0]  # (b, H, steps, d)
+        of_layer = k.new_zeros(len(rows), len(heads), columns.stop - columns.start, dtype=torch.float32)
+        for i, count in enumerate(rows):
+            if count:
+                seen = response_attention(q[i, :, :count], k[i, :, :prompt + count], columns, prompt, softmax)
+                of_layer[i] = seen[heads]
+        maps.append(of_layer)
+    return torch.cat(maps, 1).mean(1)
+
+
+def response_attention(q, k, columns, prompt, softmax="image"):
+    """Sec. 3.1, Alg. 1 lines 8-10: how much the response rows look at each image token, mean over rows.
+
+    q (H, m, d): rotated queries of the m response tokens fed back in. k (Hkv, prompt + m, d): rotated keys
+    of the prompt and of those tokens. columns: the slice that is the image. -> (H, N) float32
+    softmax="image" is the paper's, over the image alone; "sequence" the model's ordinary one, sliced.
+    >>> k = torch.tensor([[[0., 0.], [math.log(3), 0.], [0., 0.], [0., 0.]]])  # text, 2 of image, response
     >>> response_attention(torch.tensor([[[2 ** 0.5, 0.]]]), k, slice(1, 3), prompt=3)
     tensor([[0.7500, 0.2500]])
     >>> response_attention(torch.tensor([[[2 ** 0.5, 0.]]]), k, slice(1, 3), prompt=3, softmax="sequence")
@@ -61,464 +157,438 @@ def response_attention(q, k, image, prompt, softmax="image"):
     """
     k = k.repeat_interleave(len(q) // len(k), 0)  # (H, prompt + m, d): grouped heads share keys
     if softmax == "image":
-        k = k[:, image]
+        k = k[:, columns]
     scores = q.float() @ k.float().mT / q.shape[-1] ** 0.5  # (H, m, N or prompt + m)
     if softmax == "image":
         return scores.softmax(-1).mean(1)
-    future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(prompt + 1)  # row i sees itself and before
-    return scores.masked_fill(future, -math.inf).softmax(-1)[..., image].mean(1)
+    future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(prompt + 1)
+    return scores.masked_fill(future, -math.inf).softmax(-1)[..., columns].mean(1)
 
 
 def remove_sink_tokens(roi_map, hidden, tau_norm):
-    """Eq. 1: zero the map where the image token's hidden state is longer than tau_norm: attention sinks, not objects.
+    """Eq. 1: zero the map where the image token's hidden state is longer than tau_norm: a sink, no object.
 
-    roi_map (..., N), hidden (..., N, D) -> (..., N).
-    >>> remove_sink_tokens(torch.tensor([.25, .5, .25]), torch.tensor([[3., 4.], [30., 40.], [0., 5.]]), 5.).tolist()
+    roi_map (..., N), hidden (..., N, D) -> (..., N)
+    >>> hidden = torch.tensor([[3., 4.], [30., 40.], [0., 5.]])
+    >>> remove_sink_tokens(torch.tensor([.25, .5, .25]), hidden, 5.).tolist()
     [0.25, 0.0, 0.25]
     """
     return roi_map.masked_fill(hidden.float().norm(dim=-1) > tau_norm, 0.0)
 
 
-def assign_labels(roi_map, grid, tau_fg=0.2, tau_bg=0.1, max_box_fraction=0.5):
+def assign_labels(roi_map, grid, tau_fg=0.2, tau_bg=0.1, max_box_fraction=0.5, grow=0, min_peak=0.0,
+                  on=None):
     """Eq. 2: a denoised map (..., N) -> labels (..., N) int64: 1 foreground, 0 background, -1 ignored.
 
-    Foreground: at least tau_fg of the maximum. Background: outside the foreground's bounding box and at most tau_bg of the maximum.
-    What lies between is ambiguous, and what lies inside the box may be the object's unattended part: neither is taught.
-    All -1 if the map is zero, or if the box covers max_box_fraction of the grid or more (the released code's rule).
-    >>> assign_labels(torch.tensor([.9, .05, .3, .15, .0, .0, .0, .0, .0]), grid=3).view(3, 3).tolist()    # from .18 on, up to .09
+    Foreground: at least tau_fg of the maximum. Background: outside the foreground's bounding box and at
+    most tau_bg of the maximum. What lies between is ambiguous; what else lies in the box may be a part of
+    the object that was not attended to: neither is taught. All -1 where the map is zero, or where the box
+    covers max_box_fraction of the grid or more (the released code's rule).
+    Some released recipes also let the box grow by `grow` cells, ask for a maximum of min_peak, and call
+    all padding background: `on` (h, w) bool says which cells hold picture.
+    >>> roi_map = torch.tensor([.9, .05, .3, .15, .0, .0, .0, .0, .0])  # foreground from .18 on
+    >>> assign_labels(roi_map, grid=3).view(3, 3).tolist()              # background up to .09
     [[1, -1, 1], [-1, 0, 0], [0, 0, 0]]
     """
-    a = roi_map.unflatten(-1, (grid, grid))  # (..., g, g)
+    h, w = as_pair(grid)
+    a = roi_map.unflatten(-1, (h, w))  # (..., h, w)
+    if on is not None:
+        a = a * on.to(a.device)
     peak = a.amax((-2, -1), keepdim=True)
     fg = (a >= tau_fg * peak) & (peak > 0)
     inside = bounding_cells(fg)
+    if grow:
+        wide = F.max_pool2d(inside.reshape(-1, 1, h, w).float(), 2 * grow + 1, 1, grow)
+        inside = wide.view(inside.shape) > 0
     bg = ~inside & (a <= tau_bg * peak)
+    if on is not None:
+        bg = bg | ~on.to(a.device)
     labels = torch.full(a.shape, -1, dtype=torch.int64, device=a.device)
-    labels[fg], labels[bg] = 1, 0
-    too_big = inside.sum((-2, -1), keepdim=True) >= max_box_fraction * grid * grid
-    return labels.masked_fill(too_big | (peak <= 0), -1).flatten(-2)
+    labels[bg] = 0
+    labels[fg] = 1
+    too_big = inside.sum((-2, -1), keepdim=True) >= max_box_fraction * h * w
+    return labels.masked_fill(too_big | (peak <= 0) | (peak < min_peak), -1).flatten(-2)
 
 
 def bounding_cells(fg):
-    """(..., g, g) bool -> (..., g, g) bool, the cells of its bounding box."""
+    """(..., h, w) bool -> (..., h, w) bool, the cells of its bounding box."""
     def span(lines, dim):  # True from the first line with foreground to the last
         return (lines.cumsum(dim) > 0) & (lines.flip(dim).cumsum(dim).flip(dim) > 0)
     return span(fg.any(-1, keepdim=True), -2) & span(fg.any(-2, keepdim=True), -1)
 
 
-@dataclass
-class Lesson:
-    """What the teacher says of b samples of one prompt length, and what the student can take over from it."""
-    responses: list         # b answers as text
-    raw: torch.Tensor       # (b, N) response-to-image attention
-    clean: torch.Tensor     # (b, N) the same without sinks
-    hidden: torch.Tensor    # (b, T, D) the prompt's hidden states after the frozen layers
-    image: slice            # the image's columns in T; the query token is the last of T
-
-
-def head_pairs(attention, H):
-    """{"14": [13, 24]} -> {14: [13, 24]}, null meaning all H heads."""
-    return {int(layer): list(range(H)) if heads is None else heads for layer, heads in attention.items()}
-
-
-@torch.no_grad()
-def teach(llava, recipe, pixels, prompts, max_new_tokens=128, given=None, sinks=True, frozen=None):
-    """Alg. 1 lines 6-11 for b samples: answer, and read off where the answers looked.
-
-    pixels (b, 3, S, S); prompts: b lists of ids of one length (so no padding, no mask). `given` answers (ids) replace the
-    model's own (Table 4b); sinks=False keeps sink tokens (Table 3). Rows are the response tokens fed back in: every token
-    of a response but EOS, and but the last of one cut at max_new_tokens. No row: the map is zero, so all is ignored.
-    Costs beyond answering: q of the response rows, which decoding computes anyway, times k at the recipe's layers.
-    """
-    L, B, H = llava.config["num_hidden_layers"], frozen or recipe["frozen"], llava.config["num_attention_heads"]
-    pools = {"roi": head_pairs(recipe["attention"], H)}
-    sink = recipe["sink"] if sinks else None
-    if sink and sink["kind"] == "attention":
-        pools["sink"] = head_pairs(sink["attention"], H)
-    tapped = sorted({layer for pool in pools.values() for layer in pool})
-    lowest = min(pools["roi"])  # H^l of Eq. 1 enters this layer
-
-    tokens = llava.encode_images(pixels)  # (b, N, D)
-    embeds = [llava.embed_prompt(ids, tokens[i:i + 1]) for i, ids in enumerate(prompts)]
-    image, hidden = embeds[0][1], torch.cat([e for e, _ in embeds])  # (b, T, D)
-    b, T, _ = hidden.shape
-    cache = KVCache(llava, b, T + max([max_new_tokens, *map(len, given or [])]))
-    done, kept = 0, {}  # kept[l]: the prompt's hidden states (b, T, D) after the first l layers
-    for stop in sorted({lowest, B, L}):
-        hidden = kept[stop] = llava.run(hidden, done, stop, cache)
-        done = stop
-    keys = {layer: cache.k[layer][:, :, :T].clone() for layer in tapped}  # (b, Hkv, T, d); the cache's batch shrinks while decoding
-    cache.queries = {layer: [] for layer in tapped}
-    if given is None:
-        ids = llava.decode(hidden[:, -1], cache, T, max_new_tokens)
-        fed = [reply[:max_new_tokens - 1] for reply in ids]
-    else:
-        ids = fed = given
-        width = max(map(len, given))
-        padded = [g + [0] * (width - len(g)) for g in given]  # rows beyond an answer's end are cut below
-        if width:
-            llava.run(llava.language_model.embed_tokens(torch.tensor(padded, device=llava.device)), 0, L, cache, start=T)
-    maps = {name: torch.zeros(b, image.stop - image.start, device=llava.device) for name in pools}
-    for row, reply in enumerate(fed):
-        if not reply:
-            continue
-        for name, pool in pools.items():
-            heads = []
-            for layer, chosen in pool.items():
-                q, k = tapped_rows(cache.queries[layer], ids if given is None else None, row, len(reply))  # (H, m, d), (Hkv, m, d)
-                a = response_attention(q, torch.cat([keys[layer][row], k], 1), image, T, "sequence" if name == "sink" else recipe["softmax"])
-                heads.append(a[chosen])  # (chosen, N)
-            maps[name][row] = torch.cat(heads).mean(0)  # (N,): one pool of all (layer, head) pairs
-    clean = maps["roi"]
-    if sink and sink["kind"] == "attention":
-        clean = clean.masked_fill(maps["sink"] >= sink["threshold"] * 576 / clean.shape[1], 0.0)  # a threshold is for 576 tokens
-    elif sink:
-        h = kept[lowest][:, image]
-        clean = remove_sink_tokens(clean, h, sink["c"] * h.float().norm(dim=-1).median(-1, keepdim=True).values)
-    return Lesson([llava.detokenize(i) for i in ids], maps["roi"], clean, kept[B], image)
-
-
-def tapped_rows(steps, ids, row, m):
-    """The m rows that sample `row` fed, out of what the cache kept -> q (H, m, d), k (Hkv, m, d).
-
-    One entry per decoding step, of the samples still running then; or, for given answers (ids None), one entry in all.
-    Say sample 0 answers with 1 token and sample 1 with 3: sample 1 is at place 1 in step 0, and at place 0 afterwards.
-    """
-    if ids is None:
-        return tuple(t[row, :, :m] for t in steps[0])
-    at = [sum(len(reply) > s for reply in ids[:row]) for s in range(m)]  # its place in the batch that was left at step s
-    return tuple(torch.cat([steps[s][i][at[s]] for s in range(m)], 1) for i in (0, 1))
-
-
-# --------------------------------------------------------------------------------- 2. student: the RPN
+# ------------------------------------------------------------------------- 2. student: the RPN
 
 class ScoreLayer(nn.Module):
     """What is left of the RPN's last block: its input norm, q_proj and k_proj."""
 
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        D, self.d = c["hidden_size"], c["head_dim"]
-        self.input_layernorm = RMSNorm(D, c["rms_norm_eps"])
+        D, self.d, bias = config["hidden_size"], config["head_dim"], config["qkv_bias"]
+        self.rotated = config["score_rope"]
+        self.input_layernorm = RMSNorm(D, config["rms_norm_eps"])
         self.self_attn = nn.Module()  # only for the names of the keys
-        self.self_attn.q_proj = nn.Linear(D, c["num_attention_heads"] * self.d, bias=False)
-        self.self_attn.k_proj = nn.Linear(D, c["num_key_value_heads"] * self.d, bias=False)
+        self.self_attn.q_proj = nn.Linear(D, config["num_attention_heads"] * self.d, bias=bias)
+        self.self_attn.k_proj = nn.Linear(D, config["num_key_value_heads"] * self.d, bias=bias)
 
-    def forward(self, queries, image):
-        """Eq. 5, per head: normed hidden states (b, n, D) and (b, N, D) -> scores (b, H, n, N).
+    def split(self, x):
+        """(b, t, heads * d) -> (b, heads, t, d)"""
+        return x.unflatten(-1, (-1, self.d)).transpose(1, 2)
 
-        Without rotary embedding: a score says what a patch holds, not how far from the question it stands.
-        >>> layer = ScoreLayer(dict(hidden_size=2, head_dim=2, num_attention_heads=1, num_key_value_heads=1, rms_norm_eps=0.0))
-        >>> _ = [p.weight.data.copy_(torch.eye(2)) for p in (layer.self_attn.q_proj, layer.self_attn.k_proj)]
-        >>> layer(torch.tensor([[[1., 1.]]]), torch.tensor([[[5., 5.], [3., -3.], [-1., -1.]]])).detach()    # 3 patches: alike, across, opposite
+    def forward(self, queries, image, query_rope, image_rope):
+        """Eq. 5, per head: (b, n, D) and (b, N, D), after the norm -> scores (b, H, n, N).
+
+        LLaVA's score is not rotated: it says what a patch holds, not how far from the question it stands.
+        >>> config = dict(hidden_size=2, head_dim=2, num_attention_heads=1, num_key_value_heads=1,
+        ...               rms_norm_eps=0.0, qkv_bias=False, score_rope=False)
+        >>> layer = ScoreLayer(config).requires_grad_(False)
+        >>> for proj in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+        ...     _ = proj.weight.copy_(torch.eye(2))
+        >>> patches = torch.tensor([[[5., 5.], [3., -3.], [-1., -1.]]])  # alike, across, opposite
+        >>> layer(torch.tensor([[[1., 1.]]]), patches, None, None)
         tensor([[[[ 1.4142,  0.0000, -1.4142]]]])
         """
-        q = self.self_attn.q_proj(self.input_layernorm(queries)).unflatten(-1, (-1, self.d)).transpose(1, 2)  # (b, H, n, d)
-        k = self.self_attn.k_proj(self.input_layernorm(image)).unflatten(-1, (-1, self.d)).transpose(1, 2)  # (b, Hkv, N, d)
+        q = self.split(self.self_attn.q_proj(self.input_layernorm(queries)))  # (b, H, n, d)
+        k = self.split(self.self_attn.k_proj(self.input_layernorm(image)))  # (b, Hkv, N, d)
+        if self.rotated:
+            q, k = rotate(q, query_rope), rotate(k, image_rope)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (b, H, N, d)
         return (q @ k.mT).to(wider(q.dtype)) / self.d ** 0.5
 
 
 class RPN(nn.Module):
-    """The region proposal network: R trainable blocks behind the first B (`frozen`) layers of a frozen LLaVA (Sec. 3.3).
+    """R trainable blocks behind the first B (`frozen`) layers of a frozen model (Sec. 3.3).
 
     Parameters keep the released names: twig_layers.{0..R-1}.*, twig_norm.weight.
     """
 
     def __init__(self, config, frozen, layers):
         super().__init__()
-        self.config, self.frozen = config, frozen
-        self.twig_layers = nn.ModuleList([*(Block(config) for _ in range(layers - 1)), ScoreLayer(config)])
-        self.twig_norm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
-        self.smooth = True  # False: trained on smoothed labels, so its map is not smoothed again (Table 8)
-        self.path, self.loss = None, "bce"
+        self.frozen, self.path = frozen, None
+        blocks = [Block(config) for _ in range(layers - 1)]
+        self.twig_layers = nn.ModuleList([*blocks, ScoreLayer(config)])
+        if config["final_norm"]:
+            self.twig_norm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
+        else:
+            self.twig_norm = nn.Identity()
 
-    def score(self, hidden, image, rows):
-        """Eq. 3-5: hidden states after the frozen layers (b, T, D) -> per-head scores (b, H, n, N) in float32 or wider.
+    def score(self, hidden, columns, rows, rope):
+        """Eq. 3-5: hidden states after the frozen layers (b, T, D) -> scores (b, H, n, N), not below float32.
 
-        rows: positions of the n query tokens, the last prompt token before each response: one forward pass for all turns.
+        columns: the image's. rows: where the n query tokens stand, the last prompt token before each
+        response; one pass serves all turns. rope (2, T, d).
         """
-        c = self.config
-        rope = rope_table(0, hidden.shape[1], c["head_dim"], c["rope_theta"], hidden.device, hidden.dtype)
         for block in self.twig_layers[:-1]:
-            hidden = block(hidden, rope)
-        return self.twig_layers[-1](self.twig_norm(hidden[:, rows]), self.twig_norm(hidden[:, image]))  # of (b, n, D) and (b, N, D)
+            hidden = block(hidden, rope)  # (b, T, D), Eq. 3
+        queries, image = self.twig_norm(hidden[:, rows]), self.twig_norm(hidden[:, columns])  # Eq. 4
+        return self.twig_layers[-1](queries, image, rope[:, rows], rope[:, columns])
+
+    def logits(self, hidden, columns, rope, grid):
+        """Where to look, the last token being the query: (1, T, D) -> (h, w) float32 on the CPU.
+
+        Raises FloatingPointError if a logit is not finite.
+        """
+        logits = self.score(hidden, columns, [-1], rope)[0].mean(0).float().view(grid).cpu()
+        if not logits.isfinite().all():
+            raise FloatingPointError(f"{self.path or 'the RPN'}: its map is not finite in "
+                                     f"{str(hidden.dtype)[6:]}; try --dtype bfloat16 or float32")
+        return logits
 
     @torch.no_grad()
-    def forward(self, llava, image, question, history=()):
-        """Where to look for this question: logits (g, g) float32, from one pass through B + R layers."""
-        hidden, columns = llava.embed_prompt(llava.prompt_ids(question, history), llava.view(image))
-        hidden = llava.run(hidden, 0, self.frozen)
-        return self.logits(hidden, columns)
-
-    def logits(self, hidden, columns):
-        """The last token is the query: (1, T, D) -> (g, g)."""
-        return self.score(hidden, columns, [-1])[0].mean(0).float().view(math.isqrt(columns.stop - columns.start), -1)
+    def forward(self, m, picture, question, history=()):
+        """Where to look for this question: logits (h, w), from one pass through B + R layers."""
+        pixels, ids = m.pixels(picture)[None], m.prompt_ids(question, history)
+        hidden, columns = m.embed_prompt(ids, m.encode(pixels))
+        grid = m.token_grid(pixels)
+        rope = m.rope(m.positions(ids, grid))
+        return self.logits(m.run(hidden, 0, self.frozen, rope), columns, rope, grid)
 
     @classmethod
-    def from_layers(cls, llava, frozen, layers):
+    def from_layers(cls, m, frozen, layers):
         """An untrained RPN: float32 copies of decoder layers B..B+R-1 and of the final norm."""
-        L = llava.config["num_hidden_layers"]
-        if not (1 <= frozen and 1 <= layers and frozen + layers <= L):
-            raise BadInput(f"--frozen-layers {frozen} and --rpn-layers {layers}: both at least 1, together at most the model's {L} layers")
-        rpn = cls(llava.config, frozen, layers)
-        backbone = {f"twig_layers.{i}.{k}": v for i in range(layers)
-                    for k, v in llava.language_model.layers[frozen + i].state_dict().items()}
-        backbone["twig_norm.weight"] = llava.language_model.norm.weight
-        rpn.load_state_dict({k: backbone[k].float() for k in rpn.state_dict()})
-        return rpn.to(llava.device)
+        if not (1 <= frozen and 1 <= layers and frozen + layers <= m.depth):
+            raise BadInput(f"--frozen-layers {frozen} and --rpn-layers {layers}: both at least 1, "
+                           f"together at most the model's {m.depth} layers")
+        rpn = cls(m.config, frozen, layers)
+        backbone = {"twig_norm.weight": m.language_model.norm.weight}
+        for i in range(layers):
+            layer = m.language_model.layers[frozen + i].state_dict()
+            backbone |= {f"twig_layers.{i}.{name}": tensor for name, tensor in layer.items()}
+        rpn.load_state_dict({name: backbone[name].float() for name in rpn.state_dict()})
+        return rpn.to(m.device)
 
     @classmethod
-    def load(cls, path, llava):
-        """Our rpn.safetensors, or a folder as the authors released it (only model.twig_* is read). Raises BadInput."""
-        path = Path(path)
-        if path.is_dir() and not (path / "rpn.safetensors").is_file():
-            config = read_json(path / "config.json")
-            shards = [(path / name, f) for name, f in open_shards(path).items()]
-            facts = {"frozen": config.get("twig_K"), "layers": config.get("twig_T")}
-        else:
-            path = path / "rpn.safetensors" if path.is_dir() else path
-            if not path.is_file():
-                raise BadInput(f"{path}: no such RPN; train one with: python train.py")
-            shards = [(path, open_safetensors(path))]
-            try:
-                facts = dict(json.loads((shards[0][1].metadata() or {}).get("sdrpn", "{}")))
-            except (ValueError, TypeError, RecursionError):
-                facts = {}
+    def load(cls, path, m):
+        """Our rpn.safetensors, or a folder as the authors released it. Raises BadInput."""
+        path, shards, facts = open_rpn(Path(path))
         frozen, layers = facts.get("frozen"), facts.get("layers")
         if type(frozen) is not int or type(layers) is not int or min(frozen, layers) < 1:
-            raise BadInput(f"{path}: does not say its depth (twig_K, twig_T): not an RPN of this program nor a released one")
-        if facts.get("fingerprint", llava.fingerprint) != llava.fingerprint:
-            raise BadInput(f"{path}: trained for another checkpoint ({facts.get('ckpt')}, fingerprint {facts['fingerprint']}; this one is "
-                           f"{llava.fingerprint}); name its --ckpt, or train again with: python train.py --ckpt {llava.folder}")
-        if frozen + layers > llava.config["num_hidden_layers"]:
-            raise BadInput(f"{path}: needs {frozen + layers} decoder layers, {llava.folder} has {llava.config['num_hidden_layers']}: "
+            raise BadInput(f"{path}: does not say its depth (twig_K, twig_T): not an RPN of this program "
+                           "nor a released one")
+        if facts.get("fingerprint", m.fingerprint) != m.fingerprint:
+            raise BadInput(f"{path}: trained for another checkpoint ({facts.get('ckpt')}, fingerprint "
+                           f"{facts['fingerprint']}; this one is {m.fingerprint}); name its --ckpt, or "
+                           f"train again with: python train.py --ckpt {m.folder}")
+        if frozen + layers > m.depth:
+            raise BadInput(f"{path}: needs {frozen + layers} decoder layers, {m.folder} has {m.depth}: "
                            "an RPN of another model")
         with torch.device("meta"):
-            rpn = cls(llava.config, frozen, layers)
-        wanted, found = rpn.state_dict(), {}
-        for file, shard in shards:
+            rpn = cls(m.config, frozen, layers)
+        wanted = rpn.state_dict()
+        found = {}
+        for shard in shards:
             for name in shard.keys():
                 key = name.removeprefix("model.")
                 if key in wanted:
-                    tensor = shard.get_tensor(name).to(llava.device, llava.dtype)
-                    if tensor.shape != wanted[key].shape:
-                        raise BadInput(f"{file}: {name} has shape {tuple(tensor.shape)}, {llava.folder} needs {tuple(wanted[key].shape)}: "
-                                       "an RPN of another model")
-                    if not tensor.isfinite().all():
-                        raise BadInput(f"{file}: {name} holds NaN or infinite values; train again with --fresh")
-                    found[key] = tensor
-        absent = sorted(wanted.keys() - found.keys())
-        if absent:
-            raise BadInput(f"{path}: {len(absent)} RPN tensors missing, first model.{absent[0]}; download or train it again")
+                    found[key] = shard.get_tensor(name).to(m.device, m.dtype)
+        for key, expected in wanted.items():
+            if key not in found or found[key].shape != expected.shape:
+                shape = tuple(found[key].shape) if key in found else "missing"
+                raise BadInput(f"{path}: model.{key} is {shape}, {m.folder} needs "
+                               f"{tuple(expected.shape)}: damaged, or an RPN of another model")
+            if not found[key].isfinite().all():
+                raise BadInput(f"{path}: model.{key} holds NaN or infinite values; train again with --fresh")
         rpn.load_state_dict(found, assign=True)
-        rpn.path, rpn.smooth, rpn.loss = path, facts.get("smooth", "map") == "map", facts.get("loss", "bce")
+        rpn.path = path
         return rpn.requires_grad_(False).eval()
 
     def save(self, path, facts):
-        """Write model.twig_* with `facts` (frozen, layers, fingerprint, ...) as metadata, under another name first."""
+        """Write model.twig_*, with `facts` (frozen, layers, fingerprint, ...) as metadata."""
         tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        write_file(Path(path), lambda partial: save_file(tensors, partial, metadata={"sdrpn": json.dumps(facts)}))
+        save_file(tensors, path, metadata={"sdrpn": json.dumps(facts)})
 
 
-def roi_loss(logits, labels):
-    """BCE over the labelled tokens, mean (Alg. 1 line 18); logits and labels (..., N). No label: 0, still attached to the graph.
+def open_rpn(path):
+    """A file or folder -> the path that is read, its opened shards, and {"frozen": B, "layers": R, ...}."""
+    if path.is_dir() and (path / "rpn.safetensors").is_file():
+        path = path / "rpn.safetensors"
+    if path.is_dir():  # as released: the authors call B and R twig_K and twig_T
+        config = read_json(path / "config.json")
+        facts = {"frozen": config.get("twig_K"), "layers": config.get("twig_T")}
+        return path, list(open_shards(path).values()), facts
+    if not path.is_file():
+        raise BadInput(f"{path}: no such RPN; train one with: python train.py")
+    shard = open_safetensors(path)
+    try:
+        facts = dict(json.loads((shard.metadata() or {}).get("sdrpn", "{}")))
+    except (ValueError, TypeError, RecursionError):
+        facts = {}
+    return path, [shard], facts
 
+
+def conversation(m, turns, responses, grid):
+    """All turns with the model's own answers, up to the last question -> ids, and the query tokens' rows.
+
+    n = 2:  <s>SYSTEM USER: <image> question 1 ASSISTANT: answer 1</s>USER: question 2 ASSISTANT:
+                                                        ^ row 1                                 ^ row 2
+    The decoder is causal: row 1 sees nothing of turn 2, so one pass teaches all turns (Eq. 4).
+    """
+    histories = [list(zip(turns[:n], responses)) for n in range(len(turns))]
+    prompts = [m.prompt_ids(turn, history) for turn, history in zip(turns, histories)]
+    N = grid[0] * grid[1]  # the image's one id stands for N tokens
+    return prompts[-1], [len(ids) - 1 + N - 1 for ids in prompts]
+
+
+def roi_loss(logits, labels, count=None):
+    """Alg. 1 line 18: BCE over the labelled tokens. logits, labels (..., N) -> scalar, attached to the graph.
+
+    Divided by `count`, by default the number of labelled tokens; without any it is 0. Micro-batches of one
+    step pass 1 and are divided later, by the count of the whole step.
     >>> round(roi_loss(torch.tensor([0., 2., 9.]), torch.tensor([1, 0, -1])).item(), 4)
     1.41
     """
-    return roi_loss_sum(logits, labels) / (labels >= 0).sum().clamp(min=1)
+    known = (labels >= 0).to(logits.dtype)
+    target = labels.clamp(min=0).to(logits.dtype)
+    total = F.binary_cross_entropy_with_logits(logits, target, known, reduction="sum")
+    return total / (known.sum().clamp(min=1) if count is None else count)
 
 
-def roi_loss_sum(logits, labels):
-    """The same without the division, so that micro-batches can share the count of the whole batch."""
-    return F.binary_cross_entropy_with_logits(logits, labels.clamp(min=0).to(logits.dtype), (labels >= 0).to(logits.dtype), reduction="sum")
-
-
-# ------------------------------------------------------------------------------ 3. inference: look again
+# -------------------------------------------------------------------- 3. inference: look again
 
 @dataclass
 class Region:
-    box: tuple           # in grid cells
-    cells: torch.Tensor  # (g, g) bool
+    box: tuple           # (x0, y0, x1, y1) in grid cells
+    cells: torch.Tensor  # (h, w) bool
     weight: float        # summed smoothed probability
-
-
-def smooth(p):
-    """G of Eq. 6 on (..., g, g): Gaussian 3x3, sigma 1, reflect padding.
-
-    >>> p = torch.zeros(5, 5); p[2, 2] = 1.
-    >>> smooth(p)[2]
-    tensor([0.0000, 0.1238, 0.2042, 0.1238, 0.0000])
-    """
-    w = torch.exp(-torch.tensor([1.0, 0.0, 1.0], dtype=p.dtype, device=p.device) / 2)
-    w = w / w.sum()
-    padded = F.pad(p.reshape(-1, 1, *p.shape[-2:]), (1, 1, 1, 1), mode="reflect")  # (maps, 1, g+2, g+2)
-    return F.conv2d(padded, (w[:, None] * w).view(1, 1, 3, 3)).view(p.shape)
-
-
-def regions_above(p, threshold, small=True):
-    """8-connected components of p > threshold on a (g, g) CPU map, in raster order of their top-left corner.
-
-    Specks of one cell are dropped; a side shorter than 3 of a component of 2 or 3 cells grows to 3 around its centre
-    (small=False: neither). A grown component owns all cells of its box.
-    >>> p = torch.zeros(6, 6); p[0, 5] = .9; p[2, 2] = p[3, 3] = .5    # a speck, and two cells that touch at a corner
-    >>> [(r.box, r.weight) for r in regions_above(p, 0.15)]
-    [((1, 1, 4, 4), 1.0)]
-    """
-    g, todo, found = p.shape[0], {(y, x) for y, x in (p > threshold).nonzero().tolist()}, []
-    while todo:
-        component, edge = [], [todo.pop()]
-        while edge:
-            y, x = edge.pop()
-            component.append((y, x))
-            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & todo
-            todo -= near
-            edge += near
-        ys, xs = zip(*component)
-        box = [min(xs), min(ys), max(xs) + 1, max(ys) + 1]
-        cells = torch.zeros(g, g, dtype=torch.bool)
-        cells[ys, xs] = True
-        weight = p[cells].sum().item()
-        if small and len(component) == 1:
-            continue
-        if small and len(component) < 4:
-            for i in (0, 1):
-                if box[i + 2] - box[i] < 3:
-                    start = (box[i] + box[i + 2] - 3) // 2
-                    box[i], box[i + 2] = max(start, 0), min(start + 3, g)  # clipped at the border, not shifted
-            cells[box[1]:box[3], box[0]:box[2]] = True
-        found.append(Region(tuple(box), cells, weight))
-    return sorted(found, key=lambda r: (r.box[1], r.box[0]))
-
-
-def find_regions(logits, tau=0.15):
-    """Eq. 6 and the boxes of Eq. 7: logits (g, g) -> grid boxes of the regions where the smoothed probability exceeds tau.
-
-    >>> logits = torch.full((6, 6), -9.); logits[1:3, 2:4] = 9.    # smoothed: .53 inside, .20 beside it, .08 at its corners
-    >>> find_regions(logits)
-    [(1, 0, 5, 4)]
-    """
-    return [r.box for r in regions_above(smooth(logits.float().cpu().sigmoid()), tau)]
-
-
-def grid_to_image(box, grid, image_size):
-    """A box in cells of the padded square -> source pixels: floor, ceil, clamped, at least 1 px.
-
-    >>> grid_to_image((0, 3, 2, 6), 12, (672, 504))    # cells of 56 px; 84 px of padding above
-    (0, 84, 112, 252)
-    """
-    side, pixels = max(image_size), []
-    for i, length in enumerate(image_size):
-        pad = (side - length) // 2
-        low = min(max(box[i] * side // grid - pad, 0), length - 1)
-        high = max(min(-(-box[i + 2] * side // grid) - pad, length), low + 1)
-        pixels.append((low, high))
-    (x0, x1), (y0, y1) = pixels
-    return x0, y0, x1, y1
-
-
-def picture_cells(grid, image_size):
-    """(g, g) bool: the cells that hold at least one pixel of the picture, the others are padding."""
-    side, on = max(image_size), []
-    for length in image_size:
-        pad = (side - length) // 2
-        i = torch.arange(grid)
-        on.append((i * side < (pad + length) * grid) & ((i + 1) * side > pad * grid))
-    return on[1][:, None] & on[0]
-
-
-def crop_tokens(llava, image, regions, mode, max_regions=2):
-    """Eq. 7 (mode "box") or Eq. 8 ("mask"): regions -> new image tokens (1, n, D) and the source boxes they show.
-
-    Box Upscaling: the heaviest max_regions regions, N tokens each. Masked Upscaling: one crop around all regions, of whose
-    patch features only those under the mask are projected (all, if none is). A mask of 2 x 2 cells on a crop of 4 x 4 tokens:
-    >>> (F.interpolate(torch.tensor([[[[1., 0.], [1., 1.]]]]), (4, 4), mode="bilinear")[0, 0] > 0.5).int().tolist()
-    [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
-    """
-    size, g = llava.vision_tower.image_size, llava.grid
-    if mode == "box":
-        best = sorted(range(len(regions)), key=lambda i: -regions[i].weight)[:max_regions]
-        boxes = [grid_to_image(regions[i].box, g, image.size) for i in sorted(best)]
-    else:
-        cells = torch.stack([r.cells for r in regions]).any(0)  # B of Eq. 8
-        lefts, tops, rights, bottoms = zip(*(r.box for r in regions))
-        x0, y0, x1, y1 = around = min(lefts), min(tops), max(rights), max(bottoms)
-        boxes = [grid_to_image(around, g, image.size)]
-    pixels = torch.stack([preprocess_crop(image, box, size) for box in boxes]).to(llava.device, llava.dtype)
-    features = llava.vision_tower(pixels)  # (boxes, N, C)
-    if mode == "mask":
-        keep = F.interpolate(cells[None, None, y0:y1, x0:x1].float(), (g, g), mode="bilinear")[0, 0] > 0.5  # (g, g) of the crop
-        if keep.any():
-            features = features[:, keep.flatten().to(features.device)]  # (1, kept, C)
-    return llava.multi_modal_projector(features).flatten(0, 1)[None], boxes  # (1, boxes * N or kept, D)
 
 
 @dataclass
 class Answer:
     text: str
-    boxes: list = field(default_factory=list)  # crops that were read, in source pixels; empty: the plain picture sufficed
-    logits: torch.Tensor = None                # (g, g) float32 on the CPU, None if the RPN did not run
+    boxes: list = field(default_factory=list)  # crops that were read, in source pixels; none: plain
+    logits: torch.Tensor = None                # (h, w) float32 on the CPU; None if the RPN did not run
+    regions: list = field(default_factory=list)
+    keeps: list = field(default_factory=list)  # per crop, the cells of its own grid that were read
     visual_tokens: int = 0
     ms: dict = field(default_factory=dict)     # wall time of each stage
 
 
 @torch.no_grad()
-def answer(llava, rpn, image, question, mode="mask", tau=0.15, max_new_tokens=128, history=(), max_regions=2, mask=None, reuse=True,
-           ignore_eos=False):
-    """Two-stage answer (Sec. 3.4). mode: "mask" (Eq. 8), "box" (Eq. 7) or "plain"; history = ((question, answer), ...).
+def answer(m, rpn, picture, question, mode="mask", tau=0.15, max_new_tokens=128, history=(),
+           max_regions=2, regions=None):
+    """Two-stage answer (Sec. 3.4). mode: "mask" (Eq. 8), "box" (Eq. 7), or "plain", which is generate().
 
-    `mask` (g, g), bool or non-negative weights, takes the RPN's place. The crop's tokens go right behind the image's, for this question only.
-    reuse: [system][image] comes before the crop in a causal decoder, so its keys and values in layers 0..B-1 and its hidden
-    states after them are already what stage 2 needs, and only what follows the image is run through those layers again.
-    reuse=False starts stage 2 over: the same function, the reference for the tests.
+    history = ((question, answer), ...). The crop belongs to this question only. A list of Region as
+    `regions` takes the RPN's place. Stage 2 does not start over: what comes before the crop in a causal
+    decoder does not see it, so its keys, values and hidden states after B layers stay.
     """
-    if mode not in ("mask", "box", "plain"):
-        raise BadInput(f"mode {mode!r}: must be mask, box or plain")
-    if not 0 < tau < 1:
-        raise BadInput(f"--tau {tau}: must lie between 0 and 1")
-    clock = Clock(llava.device)
-    L, g = llava.config["num_hidden_layers"], llava.grid
-    B = rpn.frozen if rpn is not None else L // 2  # a supplied mask needs no RPN
-    embeds, image_columns = llava.embed_prompt(llava.prompt_ids(question, history), llava.view(image))  # (1, T, D)
-    T, P = embeds.shape[1], image_columns.stop  # P tokens of [system][image]
-    most_crops = {"plain": 0, "mask": 1, "box": max_regions}[mode] * g * g
-    llava.check_length(T + most_crops + max_new_tokens)
-    cache = KVCache(llava, 1, T + most_crops + max_new_tokens)
+    if mode == "plain":
+        return Answer(m.generate(picture, question, max_new_tokens, history))
+    clock, B = Clock(m.device), rpn.frozen if rpn is not None else 0
+    pixels, ids = m.pixels(picture)[None], m.prompt_ids(question, history)
+    grid = m.token_grid(pixels)
+    letterbox = Letterbox(picture.size, grid, m.frame(picture.size))
+    embeds, columns = m.embed_prompt(ids, m.encode(pixels))  # (1, T, D)
+    T, P = embeds.shape[1], columns.stop  # of these, P are [system][image]
+    positions = m.positions(ids, grid)
+    rope = m.rope(positions)
+    m.check_length(T + max_new_tokens)
+    cache = KVCache(m, 1, T + max_new_tokens)
     clock.lap("encode")
 
-    hidden, logits, regions = embeds, None, []
-    if mode != "plain":
-        hidden = llava.run(embeds, 0, B, cache)  # (1, T, D): stage 1 stops here
-        if mask is None:
-            logits = rpn.logits(hidden, image_columns).cpu()  # (g, g)
-            if not logits.isfinite().all():
-                raise BadInput(f"{rpn.path or 'RPN'}: its map is not finite in {str(llava.dtype)[6:]}; try --dtype bfloat16 or float32")
-            clock.lap("rpn")
-            p = logits.sigmoid() * picture_cells(g, image.size)  # the padding holds no evidence
-            regions = regions_above(smooth(p) if rpn.smooth else p, tau)
-        else:
-            regions = regions_above(torch.as_tensor(mask).float().cpu().view(g, g), 0.0, small=False)
-        clock.lap("regions")
+    hidden, logits = m.run(embeds, 0, B, rope, cache), None  # (1, T, D)
+    if regions is None:
+        logits = rpn.logits(hidden, columns, rope, grid)  # (h, w)
+        clock.lap("rpn")
+        regions = find_regions(logits, tau, letterbox.holds_picture())
+    clock.lap("regions")
 
-    boxes, first = [], 0 if mode == "plain" else B
-    if regions:
-        crop, boxes = crop_tokens(llava, image, regions, mode, max_regions)  # (1, n, D)
-        clock.lap("crop")
-        new = torch.cat([crop, embeds[:, P:]], 1)  # what follows the image now
-        if reuse:
-            new = llava.run(new, 0, B, cache, start=P)  # overwrites the question's old keys and values from P on
-            hidden = torch.cat([hidden[:, :P], new], 1)
-        else:
-            hidden, first = torch.cat([embeds[:, :P], new], 1), 0
-    elif not reuse:
-        hidden, first = embeds, 0  # with reuse and no region, stage 1's states go on from layer B: the plain answer, nothing run twice
-    T = hidden.shape[1]
-    hidden = llava.run(hidden, first, L, cache)
+    crops, boxes = look_again(m, picture, letterbox, regions, mode, max_regions)
+    clock.lap("crop")
+    if crops:
+        new, positions = m.splice(embeds[:, P:], int(positions[..., P].max()), crops)  # (1, t, D)
+        new_rope = m.rope(positions)
+        T = P + new.shape[1]
+        m.check_length(T + max_new_tokens)
+        cache.grow(T + max_new_tokens)
+        new = m.run(new, 0, B, new_rope, cache, start=P)  # overwrites what stood behind the image
+        hidden, rope = torch.cat([hidden[:, :P], new], 1), torch.cat([rope[:, :P], new_rope], 1)
+    hidden = m.run(hidden, B, m.depth, rope, cache)  # (1, T, D)
     clock.lap("prefill")
-    ids = llava.decode(hidden[:, -1], cache, T, max_new_tokens, ignore_eos)[0]
+    cache.shift = next_position(positions) - T
+    ids = m.decode(hidden[:, -1], cache, T, max_new_tokens)[0]
     clock.lap("decode")
-    crop_count = T - embeds.shape[1]
-    return Answer(llava.detokenize(ids), boxes, logits, g * g + crop_count, clock.ms)
+    read = columns.stop - columns.start + sum(len(crop.tokens) for crop in crops)
+    keeps = [crop.keep.view(crop.grid).cpu() for crop in crops]
+    return Answer(m.detokenize(ids), boxes, logits, regions, keeps, read, clock.ms)
+
+
+def find_regions(logits, tau=0.15, on=None):
+    """Eq. 6 and the boxes of Eq. 7: logits (h, w) -> regions whose smoothed probability exceeds tau.
+
+    on: (h, w) bool, the cells that hold picture; padding holds no evidence.
+    >>> logits = torch.full((6, 6), -9.)
+    >>> logits[1:3, 2:4] = 9.  # smoothed: .53 inside, .20 beside it, .08 at its corners
+    >>> [region.box for region in find_regions(logits)]
+    [(1, 0, 5, 4)]
+    """
+    p = logits.float().cpu().sigmoid()
+    return regions_above(smooth(p if on is None else p * on), tau)
+
+
+def smooth(p):
+    """G of Eq. 6 on (..., h, w): Gaussian 3x3, sigma 1, reflect padding.
+
+    >>> p = torch.zeros(5, 5)
+    >>> p[2, 2] = 1.
+    >>> smooth(p)[2]
+    tensor([0.0000, 0.1238, 0.2042, 0.1238, 0.0000])
+    """
+    w = torch.exp(-torch.tensor([1.0, 0.0, 1.0], dtype=p.dtype, device=p.device) / 2)
+    w = w / w.sum()
+    padded = F.pad(p.reshape(-1, 1, *p.shape[-2:]), (1, 1, 1, 1), mode="reflect")  # (maps, 1, h+2, w+2)
+    return F.conv2d(padded, (w[:, None] * w).view(1, 1, 3, 3)).view(p.shape)
+
+
+def regions_above(p, threshold):
+    """The regions R^i of Eq. 7 on a map (h, w): where p > threshold, in raster order of their first cell.
+
+    Specks of one cell are dropped, and regions of more than 225 cells in 576: looking again would hardly
+    magnify. The box of a region of 2 or 3 cells is grown to at least 3 a side; its cells stay.
+    >>> p = torch.zeros(6, 6)
+    >>> p[0, 5] = .9            # a speck
+    >>> p[2, 2] = p[3, 3] = .5  # two cells that touch at a corner
+    >>> [(region.box, region.cells.sum().item()) for region in regions_above(p, 0.15)]
+    [((1, 1, 4, 4), 2)]
+    """
+    h, w = p.shape
+    found = []
+    for component in components(p > threshold):
+        if len(component) == 1 or len(component) > 225 * h * w / 576:
+            continue
+        ys, xs = zip(*component)
+        x0, y0, x1, y1 = min(xs), min(ys), max(xs) + 1, max(ys) + 1
+        if len(component) < 4:
+            (x0, x1), (y0, y1) = grown(x0, x1, w), grown(y0, y1, h)
+        cells = torch.zeros(h, w, dtype=torch.bool)
+        cells[ys, xs] = True
+        found.append(Region((x0, y0, x1, y1), cells, p[cells].sum().item()))
+    return found
+
+
+def components(mask):
+    """8-connected components of a (h, w) bool map, in raster order of their first cell: lists of (y, x)."""
+    order = [tuple(cell) for cell in mask.nonzero().tolist()]
+    unseen, found = set(order), []
+    for cell in order:
+        if cell not in unseen:
+            continue
+        unseen.remove(cell)
+        component, edge = [], [cell]
+        while edge:
+            y, x = edge.pop()
+            component.append((y, x))
+            around = {(v, u) for v in (y - 1, y, y + 1) for u in (x - 1, x, x + 1)}
+            edge += around & unseen
+            unseen -= around
+        found.append(component)
+    return found
+
+
+def grown(low, high, length):
+    """A side [low, high) of fewer than 3 cells -> 3 around its centre, cut at the border, not shifted.
+
+    >>> grown(4, 6, 9), grown(0, 1, 9), grown(2, 5, 9)
+    ((3, 6), (0, 2), (2, 5))
+    """
+    if high - low >= 3:
+        return low, high
+    start = (low + high - 3) // 2
+    return max(start, 0), min(start + 3, length)
+
+
+def look_again(m, picture, letterbox, regions, mode, max_regions=2):
+    """Eq. 7 (mode "box") or Eq. 8 ("mask"): regions -> crops as image tokens, and their boxes in pixels.
+
+    Box Upscaling: the heaviest max_regions regions, all cells of each crop. Masked Upscaling: one crop
+    around all regions; of its features only those under the mask are projected (all, if none is).
+    A mask of 2 x 2 cells on a crop of 4 x 4 tokens:
+    >>> mask = torch.tensor([[[[1., 0.], [1., 1.]]]])
+    >>> (F.interpolate(mask, (4, 4), mode="bilinear")[0, 0] > 0.5).int().tolist()
+    [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+    """
+    if mode not in ("mask", "box"):
+        raise BadInput(f"mode {mode!r}: must be mask, box or plain")
+    if mode == "mask" and regions:
+        x0, y0, x1, y1 = zip(*(region.box for region in regions))
+        cells = torch.stack([region.cells for region in regions]).any(0)  # B of Eq. 8
+        regions = [Region((min(x0), min(y0), max(x1), max(y1)), cells, 0.0)]
+    by_weight = sorted(range(len(regions)), key=lambda i: -regions[i].weight)
+    crops, boxes = [], []
+    for i in sorted(by_weight[:max_regions]):
+        box = letterbox.to_pixels(regions[i].box)
+        pixels = m.pixels(picture, box)[None]
+        grid, features = m.token_grid(pixels), m.features(pixels)  # (1, h*w, C)
+        keep = torch.ones(grid, dtype=torch.bool)
+        if mode == "mask":
+            x0, y0, x1, y1 = regions[i].box
+            inside = regions[i].cells[None, None, y0:y1, x0:x1].float()
+            on = F.interpolate(inside, grid, mode="bilinear")[0, 0] > 0.5  # (h, w) of the crop
+            keep = on if on.any() else keep
+        keep = keep.flatten().to(features.device)
+        crops.append(Crop(m.project(features[:, keep])[0], grid, keep))  # (kept, D)
+        boxes.append(box)
+    return crops, boxes
 
 
 class Clock:
@@ -534,3 +604,160 @@ class Clock:
         now = time.perf_counter()
         self.ms[name] = round(1000 * (now - self.last), 3)
         self.last = now
+
+
+# --------------------------------------------------------------------------- 4. cells and pixels
+
+def as_pair(grid):
+    return (grid, grid) if isinstance(grid, int) else tuple(grid)
+
+
+class Letterbox:
+    """How a grid of cells lies over a picture: centred on it, padding around, an odd rest at the far side.
+
+    picture_size, frame: (w, h) in source pixels; the frame is what the grid covers, by default the padded
+    square for a square grid, the picture itself for another. Boxes are (x0, y0, x1, y1).
+    >>> letterbox = Letterbox((672, 504), 12)  # cells of 56 px; 84 px of padding above and below
+    >>> letterbox.to_pixels((0, 3, 2, 6))
+    (0, 84, 112, 252)
+    >>> letterbox.cells_of([(0, 84, 112, 252)]).nonzero().tolist()
+    [[3, 0], [3, 1], [4, 0], [4, 1], [5, 0], [5, 1]]
+    """
+
+    def __init__(self, picture_size, grid, frame=None):
+        self.picture_size, self.grid = tuple(picture_size), as_pair(grid)
+        square = self.grid[0] == self.grid[1]
+        self.frame = frame or ((max(picture_size),) * 2 if square else self.picture_size)
+        self.offset = [(whole - part) // 2 for whole, part in zip(self.frame, self.picture_size)]
+        self.cells = self.grid[::-1]  # cells along x and along y
+
+    def to_pixels(self, box):
+        """A box in cells -> source pixels: floor, ceil, cut at the picture's edge, at least 1 px a side."""
+        sides = []
+        for axis, length in enumerate(self.picture_size):
+            frame, cells, offset = self.frame[axis], self.cells[axis], self.offset[axis]
+            low = box[axis] * frame // cells - offset
+            high = -(-box[axis + 2] * frame // cells) - offset
+            low = min(max(low, 0), length - 1)
+            sides.append((low, max(min(high, length), low + 1)))
+        (x0, x1), (y0, y1) = sides
+        return x0, y0, x1, y1
+
+    def to_grid(self, at, axis):
+        """A coordinate in source pixels (axis 0: x, 1: y) -> in cells, a float; arrays too."""
+        return (at + self.offset[axis]) * self.cells[axis] / self.frame[axis]
+
+    def cells_of(self, boxes):
+        """(h, w) bool: the cells that overlap one of these boxes in source pixels."""
+        mask = torch.zeros(self.grid, dtype=torch.bool)
+        for x0, y0, x1, y1 in boxes:
+            left, right = self.to_grid(x0, 0), self.to_grid(x1, 0)
+            top, bottom = self.to_grid(y0, 1), self.to_grid(y1, 1)
+            rows = slice(max(math.floor(top), 0), max(math.ceil(bottom), 0))
+            mask[rows, max(math.floor(left), 0):max(math.ceil(right), 0)] = True
+        return mask
+
+    def holds_picture(self):
+        """(h, w) bool: the cells with at least one pixel of the picture; the others are padding."""
+        return self.cells_of([(0, 0, *self.picture_size)])
+
+
+def grid_to_image(box, grid, picture_size):
+    """A box in cells -> source pixels (x0, y0, x1, y1), ints."""
+    return Letterbox(picture_size, grid).to_pixels(box)
+
+
+# -------------------------------------------------------------------------------- 5. recipes
+
+# A recipe says where the teacher looks, where the RPN sits, and how it is trained:
+#   attention   {layer: heads}, null = all heads; (layer, head) pairs are one pool
+#   softmax     "image" (the paper's) or "sequence" (the model's own, sliced)
+#   sink        {"kind": "norm", "c": x median norm}, {"kind": "attention", "attention": ..., "threshold"}, null
+#   frozen, layers, tau     B, R and the threshold of Eq. 6
+#   train       lr, warmup, betas, epochs, batch_size, grad_accum, clip; samples and held_out for the toy
+#   kinds?      {kind of question: entries that replace the above}
+#   labels?     {"grow", "min_peak", "padding"}: what else assign_labels is told
+#   square?     true: training pictures are padded to a square; budget? [min, max] pixels while training
+#   request?    replaces the question's last sentence when labels are made
+# The two below are what the authors released; they are found by model_type, layers and hidden width.
+RELEASED_TRAINING = dict(lr=5e-5, warmup=0.03, betas=[0.9, 0.98], epochs=1, batch_size=8, grad_accum=16,
+                         clip=1.0)
+RECIPES = {
+    ("llava", 32, 4096): dict(
+        attention={"14": [13, 24, 26]}, softmax="sequence",
+        sink=dict(kind="attention", attention={"2": None}, threshold=1e-3),
+        frozen=15, layers=3, tau=0.15, train=RELEASED_TRAINING),
+    ("llava", 40, 5120): dict(
+        attention={"13": [21, 23, 26], "15": [2], "16": [2, 21, 30]}, softmax="sequence",
+        sink=dict(kind="attention", attention={"16": [17, 22]}, threshold=1e-3),
+        frozen=15, layers=3, tau=0.15, train=RELEASED_TRAINING),
+}
+
+
+def load_recipe(folder):
+    """recipe.json beside a checkpoint, else what was released for its shape. Raises BadInput."""
+    family, config = read_family(folder)
+    depth, width, path = config["num_hidden_layers"], config["hidden_size"], folder / "recipe.json"
+    if path.is_file():
+        recipe = read_json(path)
+        wrong = recipe_faults(recipe, depth, config["num_attention_heads"])
+        if wrong:
+            raise BadInput(f"{path}: {', '.join(wrong)}: missing, or not of this model; "
+                           "`python tests/tables.py heads` prints a recipe")
+        return recipe
+    released, key = RECIPES | family.recipes, (config["model_type"], depth, width)
+    if key not in released:
+        raise BadInput(f"{folder}: no recipe.json, and no released recipe for {depth} layers of "
+                       f"{width}; `python tests/tables.py heads --ckpt {folder}` finds layers and "
+                       "heads and prints one")
+    return released[key]
+
+
+def recipe_for(recipe, kind):
+    """The recipe for one kind of question; where it has `kinds` and this is none of them, the first.
+
+    >>> recipe_for({"tau": 0.15, "kinds": {"text": {"tau": 0.1}, "natural": {}}}, "text")
+    {'tau': 0.1}
+    """
+    kinds = recipe.get("kinds") or {}
+    own = kinds.get(kind) or next(iter(kinds.values()), {})
+    return {key: value for key, value in recipe.items() if key != "kinds"} | own
+
+
+def recipe_faults(recipe, depth, heads):
+    """Names of entries that are missing, or that a decoder of so many layers and heads can not follow.
+
+    >>> recipe_faults({"frozen": 7, "tau": 1.5, "softmax": "image"}, 8, 5)
+    ['attention', 'sink', 'layers', 'tau', 'train']
+    """
+    def whole(v, low, high=1 << 30):
+        return type(v) is int and low <= v <= high
+
+    def pairs(v):
+        every = [head for chosen in v.values() if chosen is not None for head in chosen]
+        return (len(v) > 0 and all(int(layer) in range(depth) and chosen != [] for layer, chosen in v.items())
+                and all(whole(head, 0, heads - 1) for head in every))
+
+    def sink(v):
+        if v is None or v["kind"] == "norm":
+            return v is None or 0 < v["c"] < 1e9
+        return v["kind"] == "attention" and pairs(v["attention"]) and 0 < v["threshold"] < 1e9
+
+    def train(v):
+        scenes = ("samples", "held_out") if v.get("data") == "toy scenes" else ()
+        return (all(whole(v[key], 1) for key in ("epochs", "batch_size", "grad_accum", *scenes))
+                and 0 < v["lr"] < 10 and 0 <= v["warmup"] < 1 and 0 < v["clip"] < 1e9
+                and len(v["betas"]) == 2 and all(0 <= beta < 1 for beta in v["betas"]))
+
+    rules = {
+        "attention": pairs, "softmax": lambda v: v in ("image", "sequence"), "sink": sink,
+        "frozen": lambda v: whole(v, 1, depth - 1),
+        "layers": lambda v: whole(v, 1, depth - recipe["frozen"]),
+        "tau": lambda v: 0 < v < 1, "train": train}
+
+    def fits(key):
+        try:
+            return bool(rules[key](recipe[key]))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return False
+    return [key for key in rules if not fits(key)]

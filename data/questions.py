@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from data.files import BadInput
+from clip import BadInput
 
 
 def is_box(b):
