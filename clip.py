@@ -1,11 +1,12 @@
 """
-An image -> patch features: the vision tower of LLaVA-1.5, CLIP ViT-L/14-336 (any CLIP ViT by its config).
+An image -> patch features: the vision tower of LLaVA-1.5, CLIP ViT-L/14-336 (any CLIP ViT by its
+config).
 
     pixels = preprocess(load_image("img.jpg"), 336)        # (3, 336, 336)
     features = CLIPVision(vision_config)(pixels[None])     # (1, 576, 1024)
 
-LLaVA reads the *penultimate* layer: the last block and post_layernorm exist in checkpoints and are never run.
-Left out: the text tower, the contrastive loss, and every size that is not square.
+LLaVA reads the *penultimate* layer: the last block and post_layernorm exist in checkpoints and are
+never run. Left out: the text tower, the contrastive loss, and every size that is not square.
 Shapes: b batch, S image side, g = S / patch, N = g*g patches, C width, H heads, d = C / H.
 """
 import io
@@ -38,7 +39,7 @@ if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 5):
 
 
 def printable(text, keep=""):
-    r"""Text from outside as it may go to a terminal: control characters and escapes are spelled out.
+    r"""Text from outside, fit for a terminal: control characters and escapes are spelled out.
 
     >>> print(printable("a\x1b[2Jb\n"))
     a\x1b[2Jb\n
@@ -53,13 +54,13 @@ class BadInput(Exception):
         return printable(" ".join(super().__str__().split()))
 
 
-# --------------------------------------------------------------------------------------------- pixels
+# ------------------------------------------------------------------------------------------ pixels
 
 def load_image(path):
     """Open a picture as RGB with its EXIF rotation applied; the first frame of an animation.
 
-    `path` may be "-" or /dev/stdin. Raises BadInput if it is missing, not one of FORMATS, damaged, or
-    above MAX_PIXELS or MAX_SIDE (looked at before a pixel is decoded).
+    `path` may be "-" or /dev/stdin. Raises BadInput if it is missing, not one of FORMATS, damaged,
+    or above MAX_PIXELS or MAX_SIDE (looked at before a pixel is decoded).
     """
     source = open_source(str(path))
     try:
@@ -108,7 +109,7 @@ def to_rgb(picture):
 
 
 def to_bytes(values):
-    """Grey values of any range -> uint8: 16-bit files by their full range, others by what they hold."""
+    """Grey values of any range -> uint8: 16-bit files by their full range, others by their own."""
     values = np.nan_to_num(values, posinf=65535, neginf=0)
     if values.min() >= 0 and 255 < values.max() <= 65535:
         low, high = 0, 65535
@@ -124,7 +125,7 @@ def to_tensor(picture, mean=MEAN, std=STD):
 
 
 def pad_to_square(picture, colour=PAD_COLOUR):
-    """Centre a picture on a square of its long side; of an odd rest, one more row below or right."""
+    """Centre a picture on a square of its long side; an odd rest goes below or right."""
     w, h = picture.size
     side = max(w, h)
     square = Image.new("RGB", (side, side), colour)
@@ -144,7 +145,7 @@ def preprocess_crop(picture, box, size):
     return to_tensor(crop.resize((size, size), Image.BILINEAR))
 
 
-# ---------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------------------------------------- model
 
 class Attention(nn.Module):
     def __init__(self, config):
@@ -204,21 +205,22 @@ class Embeddings(nn.Module):
 
 
 class CLIPVision(nn.Module):
-    """pixels (b, 3, S, S) -> patch features (b, N, C): the penultimate layer, no CLS, no final norm.
+    """pixels (b, 3, S, S) -> patch features (b, N, C): the penultimate layer, no CLS, no norm.
 
     `config` is a vision_config; keys it lacks are those of ViT-L/14-336. `vision_feature_layer`
-    (default -2) counts as in the reference library: -1 is the last layer's output, -2 the one before.
+    (default -2) counts as in the reference library: -1 is the last layer's output, -2 the one
+    before.
     """
 
     def __init__(self, config):
         super().__init__()
         config = VIT_L_14_336 | config
         if config["hidden_act"] not in ("quick_gelu", "gelu"):
-            raise BadInput(f"config.json: vision hidden_act {config['hidden_act']!r} is not supported; "
-                           "it must be quick_gelu or gelu")
+            raise BadInput(f"config.json: vision hidden_act {config['hidden_act']!r} is not "
+                           "supported; it must be quick_gelu or gelu")
         self.image_size = config["image_size"]
         self.grid = config["image_size"] // config["patch_size"]
-        self.depth = config["num_hidden_layers"]  # layers of the checkpoint, of which `used` are run
+        self.depth = config["num_hidden_layers"]  # of the checkpoint; `used` of them are run
         feature = config.get("vision_feature_layer", -2)
         used = feature if feature >= 0 else self.depth + 1 + feature
         self.embeddings = Embeddings(config)

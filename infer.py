@@ -1,10 +1,10 @@
 """
 An image and a question -> an answer, and a picture of where the model looked.
 
-    python infer.py img.jpg "What number is on the star?"   # the answer on stdout, a picture in out/
-    python infer.py img.jpg "What number is on the star?" --explain   # every step of the method on it
-    python infer.py img.jpg                                 # a conversation: one question a line
-    python infer.py --eval questions.jsonl                  # scores plain and two-stage side by side
+    python infer.py img.jpg "What number is on the star?"  # answer on stdout, picture in out/
+    python infer.py img.jpg "What number is on the star?" --explain   # every step of the method
+    python infer.py img.jpg                                # a conversation: one question a line
+    python infer.py --eval questions.jsonl                 # scores plain and two-stage side by side
     torchrun --nproc_per_node 4 infer.py --eval questions.jsonl
 
 Without --ckpt and --rpn: what was trained last (out/last), else the toy with its bundled RPN.
@@ -26,9 +26,10 @@ from data import draw, metrics  # noqa: E402
 from data.files import read_rows, write_text  # noqa: E402
 from data.questions import read_questions  # noqa: E402
 from data.toy.scenes import SIZES  # noqa: E402
-from model import KNOWN, ROOT, compile_decode, find_checkpoint, load, read_family, read_json, run_name  # noqa: E402
-from sdrpn import (RPN, Letterbox, answer, find_regions, load_recipe, make_labels, recipe_for, smooth,  # noqa: E402
-                   teach, teacher_question, teacher_view)
+from model import (KNOWN, ROOT, compile_decode, find_checkpoint, load,  # noqa: E402
+                   read_family, read_json, run_name)
+from sdrpn import (RPN, Letterbox, answer, load_recipe, make_labels, recipe_for,  # noqa: E402
+                   smooth, teach, teacher_question, teacher_view)
 
 SMALL = 1 << 26  # parameters; a model below this answers fastest on one thread of a CPU
 
@@ -39,10 +40,10 @@ def say(*words):
         print(*(printable(word, keep="\n") for word in words), file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------- which model
+# ------------------------------------------------------------------------------------- which model
 
 def choose(args):
-    """-> model, RPN (None in plain mode), recipe. What was chosen is said; nothing falls back silently."""
+    """-> model, RPN (None in plain mode), recipe. What was chosen is said."""
     ckpt, path = args.ckpt, args.rpn
     if not ckpt and not path:
         ckpt, path = trained_last()
@@ -85,15 +86,16 @@ def own_rpn(ckpt, folder):
         return bundled
     if "twig_K" in read_json(folder / "config.json"):
         return folder
-    raise BadInput(f"{folder}: no RPN is trained for it yet; train one with: python train.py --ckpt {ckpt}, "
-                   "name one with --rpn, or use --mode plain")
+    raise BadInput(f"{folder}: no RPN is trained for it yet; train one with: python train.py "
+                   f"--ckpt {ckpt}, name one with --rpn, or use --mode plain")
 
 
 def set_budget(m, budget):
     if m.budget is None:
         raise BadInput("--budget: this model shows every picture at one size; leave it out")
     if not 0 < budget[0] <= budget[1]:
-        raise BadInput(f"--budget {budget[0]} {budget[1]}: least and most pixels of a picture are needed")
+        raise BadInput(f"--budget {budget[0]} {budget[1]}: least and most pixels of a picture "
+                       "are needed")
     m.budget = tuple(budget)
 
 
@@ -113,12 +115,12 @@ def ready_compiled(m, args):
     try:
         seconds = compile_decode(m, N + new, N + new + crops * N)
     except torch._dynamo.exc.BackendCompilerFailed as e:
-        raise BadInput(f"--compile: {str(e).splitlines()[0]}; leave it out, or install a C++ compiler "
-                       "(and Triton on CUDA)") from None
+        raise BadInput(f"--compile: {str(e).splitlines()[0]}; leave it out, or install a C++ "
+                       "compiler (and Triton on CUDA)") from None
     say(f"compiled the decoding step in {seconds:.0f} s")
 
 
-# --------------------------------------------------------------------------------------- one question
+# ------------------------------------------------------------------------------------ one question
 
 def check_question(text):
     if not text.strip():
@@ -141,7 +143,9 @@ def respond(m, rpn, args, tau, question, history):
     if args.explain:
         drawing = explain(m, rpn, args.recipe, args.picture, question, result, plain, tau)
     else:
-        answers = {"plain": plain} if args.mode == "plain" else {"plain": plain, "two-stage": result.text}
+        answers = {"plain": plain}
+        if args.mode != "plain":
+            answers["two-stage"] = result.text
         drawing = portrait(m, args.picture, question, result, answers)
     draw.save(drawing, path, protect=args.image)
     say(f"picture {path}")
@@ -151,7 +155,8 @@ def respond(m, rpn, args, tau, question, history):
         rpn_path = str(rpn.path) if rpn else None
         print(json.dumps({
             "answer": result.text, "boxes": [list(box) for box in result.boxes], "tau": tau,
-            "mode": args.mode, "ckpt": str(m.folder), "rpn": rpn_path, "ms": result.ms}), flush=True)
+            "mode": args.mode, "ckpt": str(m.folder), "rpn": rpn_path, "ms": result.ms}),
+            flush=True)
     else:
         print(printable(result.text, keep="\n\t"), flush=True)
     return result.text
@@ -162,7 +167,8 @@ def free_name(args):
     if args.save and args.question:
         return Path(args.save)
     stem = "stdin" if args.image in ("-", "/dev/stdin") else Path(args.image).stem
-    first = Path(args.save) if args.save else ROOT / "out" / f"{stem}.{'explain' if args.explain else 'roi'}.png"
+    kind = "explain" if args.explain else "roi"
+    first = Path(args.save) if args.save else ROOT / "out" / f"{stem}.{kind}.png"
     path, number = first, 2
     while path.exists():
         path = first.with_name(f"{first.stem}-{number}{first.suffix}")
@@ -187,11 +193,11 @@ def warn_of_strangers(m, args):
     """The toy knows nothing but its own scenes."""
     training = (args.recipe or {}).get("train", {})
     if training.get("data") == "toy scenes" and args.picture.size not in SIZES:
-        say("note: the toy knows only its own scenes (data/toy/scenes.py makes more); of another picture "
-            "it can say nothing sensible. A real model: --ckpt llava-1.5-7b")
+        say("note: the toy knows only its own scenes (data/toy/scenes.py makes more); of another "
+            "picture it can say nothing sensible. A real model: --ckpt llava-1.5-7b")
 
 
-# ------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------- pictures
 
 def crops_of(picture, result):
     """[(the crop, cells of its grid that were read), ...]"""
@@ -201,8 +207,8 @@ def crops_of(picture, result):
 def portrait(m, picture, question, result, answers):
     heat = None if result.logits is None else result.logits.sigmoid().numpy()
     letterbox = Letterbox(picture.size, m.grid_of(picture), m.frame(picture.size))
-    return draw.answer_picture(picture, letterbox, heat, result.boxes, crops_of(picture, result), question,
-                               answers)
+    crops = crops_of(picture, result)
+    return draw.answer_picture(picture, letterbox, heat, result.boxes, crops, question, answers)
 
 
 def explain(m, rpn, recipe, picture, question, result, plain, tau):
@@ -226,10 +232,10 @@ def explain(m, rpn, recipe, picture, question, result, plain, tau):
     return draw.explain_picture(steps)
 
 
-# ----------------------------------------------------------------------------------------- evaluation
+# -------------------------------------------------------------------------------------- evaluation
 
 def ask_turns(m, rpn, picture, turns, mode, tau, limit):
-    """All turns of a question, each after the model's own answers -> the last result, seconds in all."""
+    """All turns of a question, each after the model's own answers -> the last result, seconds."""
     history, began = [], time.perf_counter()
     for turn in turns:
         result = answer(m, rpn, picture, turn, mode, tau, limit, history)
@@ -261,7 +267,8 @@ def score(m, rpn, args, q, number, root):
 def setting_key(m, rpn, args, questions, root):
     """A name for all that makes the answers: code, weights, RPN, questions, pictures, settings."""
     digest = hashlib.sha256()
-    code = [ROOT / name for name in ("clip.py", "model.py", "sdrpn.py", "infer.py", "data/metrics.py")]
+    names = "clip.py", "model.py", "sdrpn.py", "infer.py", "data/metrics.py"
+    code = [ROOT / name for name in names]
     code += [Path(sys.modules[type(m).__module__].__file__), Path(args.eval)]
     if rpn is not None and rpn.path.is_file():
         code.append(rpn.path)
@@ -278,19 +285,21 @@ def setting_key(m, rpn, args, questions, root):
 
 
 def evaluate(m, rpn, args):
-    """Plain and two-stage on a file of questions; this process's share -> the summary, from rank 0."""
+    """Plain and two-stage on a file of questions, this process's share -> rank 0: the summary."""
     questions, root = read_questions(args.eval, args.images)
     questions = questions[:args.limit]
     for number, q in enumerate(questions, 1):
         if not q.get("answers"):
-            raise BadInput(f"{args.eval}: question {number} has no 'answers', so it can not be scored")
+            raise BadInput(f"{args.eval}: question {number} has no 'answers', "
+                           "so it can not be scored")
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     path = ROOT / "out" / "eval" / f"{setting_key(m, rpn, args, questions, root)}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = gather(path, args.fresh, world, rank)
     done = sum(i in rows for i in range(len(questions)))
     if done:
-        say(f"going on: {done} of {len(questions)} questions are scored in {path}; --fresh scores them again")
+        say(f"going on: {done} of {len(questions)} questions are scored in {path}; "
+            "--fresh scores them again")
     todo = [i for i in range(len(questions)) if i not in rows][rank::world]
     own, began = part(path, rank, world), time.time()
     with open(own, "a", encoding="utf-8") as file:
@@ -322,7 +331,7 @@ def part(path, rank, world):
 
 
 def gather(path, fresh, world, rank):
-    """All rows so far {n: row}. Parts of several processes are merged into one file, in order, by rank 0."""
+    """All rows so far {n: row}; rank 0 merges the parts of several processes into one file."""
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
@@ -343,7 +352,7 @@ def gather(path, fresh, world, rank):
     return read_rows(path)
 
 
-# --------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------ command line
 
 def parser():
     p = argparse.ArgumentParser(description="Answer questions about an image, looking twice.")
@@ -357,14 +366,14 @@ def parser():
     add("--fresh", action="store_true", help="with --eval: score again what was scored before")
     add("--ckpt", help=f"checkpoint folder, or one of {', '.join(KNOWN)}; "
                        "default: what was trained last, else the toy")
-    add("--rpn", help="rpn.safetensors, or a folder as the authors released it; default: trained for it, "
+    add("--rpn", help="rpn.safetensors, or a folder as the authors released it; default: trained, "
                       "else bundled")
     add("--mode", choices=("mask", "box", "plain"), default="mask",
         help="Masked or Box Upscaling, or the picture as it is; default: mask")
     add("--tau", type=float,
         help="threshold on the RoI map; lower it if regions are missed; default: the recipe's")
     add("--budget", type=int, nargs=2, metavar=("MIN", "MAX"),
-        help="pixels a picture is shown with, for models that take any size; default: the checkpoint's")
+        help="pixels of a picture, for models that take any size; default: the checkpoint's")
     add("--max-new-tokens", type=int, help="longest answer; default: 128, or the question file's")
     add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     add("--dtype", help="float16, bfloat16, float32, float64; default: the file's on a GPU; "
@@ -401,7 +410,9 @@ def check_flags(args):
 
 def work(args):
     check_flags(args)
-    args.picture = load_image(args.image) if args.image else None  # before weights: a typo costs no minute
+    args.picture = None
+    if args.image:
+        args.picture = load_image(args.image)  # before the weights: a typo costs no minute
     m, rpn, args.recipe = choose(args)
     if args.compile:
         ready_compiled(m, args)
@@ -433,7 +444,8 @@ def main(argv=None):
     except (torch.OutOfMemoryError, MemoryError):
         fail("out of memory; use --dtype float16, lower --max-new-tokens, or --device cpu")
     except OSError as e:
-        fail(f"{e.filename or 'output'}: {e.strerror or e}; check the path, the rights and the free space")
+        fail(f"{e.filename or 'output'}: {e.strerror or e}; "
+             "check the path, the rights and the free space")
     except UnicodeError as e:
         fail(f"stdin or stdout can not hold this text ({e}); set PYTHONIOENCODING=utf-8")
     except KeyboardInterrupt:

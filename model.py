@@ -1,14 +1,15 @@
 """
-Features + words -> words: the projector, the LLaMA decoder, the tokeniser; LLaVA-1.5 whole, and loaded.
+Features + words -> words: the projector, the LLaMA decoder, the tokeniser; LLaVA-1.5 whole, and
+loaded.
 
     m = load("llava-1.5-7b")
     print(m.generate(load_image("img.jpg"), "What is written on the sign?"))
 
-Every size comes from config.json, so the toy and the 13B run through the same lines. Only safetensors
-are read. Another family (backbones/) is a subclass of LLaVA that overrides what differs.
-Left out: sampling, quantisation, rotary scaling, padding (a batch holds prompts of one length).
-Shapes: b batch, T or t tokens, N = h*w image tokens, D hidden width, H heads (Hkv of them for k and v),
-d head size. Layers and heads count from 0.
+Every size comes from config.json, so the toy and the 13B run through the same lines. Only
+safetensors are read. Another family (backbones/) is a subclass of LLaVA that overrides what
+differs. Left out: sampling, quantisation, rotary scaling, padding (a batch holds prompts of one
+length). Shapes: b batch, T or t tokens, N = h*w image tokens, D hidden width, H heads (Hkv of them
+for k and v), d head size. Layers and heads count from 0.
 """
 import difflib
 import hashlib
@@ -42,13 +43,13 @@ KNOWN = {
     "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
     "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
 }
-# config.json's model_type -> module and class. A module is imported only when a checkpoint asks for it.
+# config.json's model_type -> module and class, imported only when a checkpoint asks for it.
 FAMILIES = {
     "llava": ("model", "LLaVA"),
     "multi_modality": ("backbones.deepseek_vl", "DeepSeekVL"),
     "qwen2_5_vl": ("backbones.qwen2_5_vl", "Qwen2_5VL"),
 }
-# What LlamaConfig and CLIPVisionConfig assume where config.json is silent; the 7B's file leaves most out.
+# What LlamaConfig and CLIPVisionConfig assume where config.json is silent, as the 7B's mostly is.
 TEXT_DEFAULTS = dict(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
     rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=2048, vocab_size=32000)
@@ -58,10 +59,10 @@ VISION_DEFAULTS = dict(
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
-# ---------------------------------------------------------------------------------- the decoder's parts
+# ----------------------------------------------------------------------------- the decoder's parts
 
 def wider(dtype):
-    """float32, or float64 where the model runs in it: statistics are never taken in half precision."""
+    """float32, or float64 for a model in it: statistics are never taken in half precision."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -77,10 +78,10 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions, d, theta, sections=None, dtype=torch.float32):
-    """Rotary angles of tokens at these positions: cos and sin, the sign of rotate() included -> (2, T, d).
+    """Rotary table of tokens at these positions -> (2, T, d): cos, and sin signed for rotate().
 
-    positions (T,), or (3, T) with `sections` (M-RoPE): so many frequencies follow each of three axes.
-    Built in float32 or wider and cast last: angles in half precision are wrong.
+    positions (T,), or (3, T) with `sections` (M-RoPE): so many frequencies follow each of three
+    axes. Built in float32 or wider and cast last: angles in half precision are wrong.
     """
     wide = wider(dtype)
     channel = torch.arange(0, d, 2, device=positions.device, dtype=wide)  # (d/2,)
@@ -95,7 +96,8 @@ def rope_table(positions, d, theta, sections=None, dtype=torch.float32):
 def rotate(x, rope):
     """Rotary embedding, half-split: channel i is paired with channel i + d/2. x (b, H, t, d).
 
-    >>> rotate(torch.tensor([1., 0.]), rope_table(torch.tensor([1]), 2, 1e4))  # one pair, by 1 radian
+    >>> rope = rope_table(torch.tensor([1]), 2, 1e4)  # one pair of channels, turned by 1 radian
+    >>> rotate(torch.tensor([1., 0.]), rope)
     tensor([[0.5403, 0.8415]])
     """
     cos, signed_sin = rope
@@ -121,13 +123,13 @@ class KVCache:
 
     def __init__(self, m, b, length):
         self.k, self.v, self.queries, self.shift = {}, {}, {}, 0
-        self.static = m.static  # compile_decode's store of buffers; None: they live as long as this cache
+        self.static = m.static  # compile_decode's buffers; None: they live as long as this cache
         self.length = 0
         self.grow(length)
 
     def grow(self, length):
         """Room for so many tokens; what is there stays."""
-        if self.static is not None:  # a compiled step is bound to a size: few sizes, few compilations
+        if self.static is not None:  # compiled steps are bound to a size: have few of them
             length = -(-length // 512) * 512
         self.length = max(self.length, length)
 
@@ -136,14 +138,15 @@ class KVCache:
             self.queries[layer].append(q)
 
     def update(self, layer, start, k, v):
-        """Put k and v (b, Hkv, t, d) at columns start..start+t-1 -> keys, values, mask of what is seen.
+        """Put k and v (b, Hkv, t, d) at columns start.. -> keys, values, mask of what is seen.
 
-        Keys and values are (b, Hkv, start+t, d); mask None: all before, and causal among the new ones.
+        Keys and values are (b, Hkv, start+t, d); mask None: all before, and causal among the new
+        ones.
         """
         if layer not in self.k or self.k[layer].shape[2] < self.length:
             self.allocate(layer, start, k)
         keys, values = self.k[layer], self.v[layer]
-        if torch.is_tensor(start):  # a compiled step: one token against the whole buffer, behind a mask
+        if torch.is_tensor(start):  # a compiled step: one token, the whole buffer, a mask
             keys.index_copy_(2, start, k)
             values.index_copy_(2, start, v)
             return keys, values, torch.arange(keys.shape[2], device=k.device)[None] <= start
@@ -248,7 +251,7 @@ class Projector(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(x)))  # the exact (erf) GELU, not the tower's
 
 
-# ------------------------------------------------------------------------------------------------ LLaVA
+# ------------------------------------------------------------------------------------------- LLaVA
 
 @dataclass
 class Crop:
@@ -263,7 +266,8 @@ class LLaVA(nn.Module):
 
     Attributes: config (all sizes, by their names in config.json), tokenizer, folder, fingerprint.
     """
-    recipes = {}  # a backbone's released recipes, found as sdrpn.RECIPES are
+    recipes = {}   # a backbone's released recipes, found as sdrpn.RECIPES are
+    budget = None  # (least, most) pixels of a picture, in families that take any size
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -289,8 +293,8 @@ class LLaVA(nn.Module):
         """The vicuna_v1 prompt as ids, one image_token where the image goes.
 
         history = ((question, answer), ...). The pieces around the image and after each </s> are
-        tokenised apart, as LLaVA does. Only this template places the ids of <image> and </s>: typed by
-        a user they stay text.
+        tokenised apart, as LLaVA does. Only this template places the ids of <image> and </s>: typed
+        by a user they stay text.
         """
         encode = self.tokenizer.encode
         ids = [self.tokenizer.bos_id(), *encode(f"{SYSTEM} USER: "), self.config["image_token"]]
@@ -302,11 +306,11 @@ class LLaVA(nn.Module):
         return ids
 
     def encode_after_eos(self, text):
-        """LLaVA's tokeniser puts no dummy space behind </s>: encode behind a newline, and drop that."""
+        """LLaVA's tokeniser puts no dummy space behind </s>: encode behind a newline, drop that."""
         return self.tokenizer.encode("\n" + text)[len(self.tokenizer.encode("\n")):]
 
     def tokenize(self, prompt_text):
-        """A rendered prompt with one <image> (and </s> after past answers) -> ids, one for the image."""
+        """A rendered prompt with one <image> (and </s> after past answers) -> its ids."""
         before, image, after = prompt_text.partition("<image>")
         ids = [self.tokenizer.bos_id(), *self.tokenizer.encode(before)]
         if not image:
@@ -324,13 +328,13 @@ class LLaVA(nn.Module):
 
     @property
     def pieces(self):
-        """Size of the tokeniser: the rows of the vocabulary from here on are padding, never chosen."""
+        """Size of the tokeniser: from here on the vocabulary is padding, and never chosen."""
         return self.tokenizer.get_piece_size()
 
     # ---- pictures
 
     def pixels(self, picture, box=None):
-        """How the tower is shown a picture, or of it a box in source pixels -> (3, S, S) float32."""
+        """How the tower is shown a picture, or a box of it in source pixels -> (3, S, S)."""
         size = self.vision_tower.image_size
         return preprocess(picture, size) if box is None else preprocess_crop(picture, box, size)
 
@@ -366,7 +370,7 @@ class LLaVA(nn.Module):
         return self.language_model.embed_tokens(torch.tensor([ids], device=self.device))
 
     def embed_prompt(self, ids, image_tokens):
-        """ids with one image_token, (1, N, D) -> embeddings (1, T, D), the image's columns (a slice)."""
+        """ids with one image_token, (1, N, D) -> (1, T, D), and the slice that is the image."""
         at, n = ids.index(self.config["image_token"]), image_tokens.shape[1]
         parts = [self.embed(ids[:at]), image_tokens, self.embed(ids[at + 1:])]
         return torch.cat(parts, 1), slice(at, at + n)
@@ -376,12 +380,12 @@ class LLaVA(nn.Module):
         return torch.arange(len(ids) - 1 + grid[0] * grid[1], device=self.device)
 
     def rope(self, positions):
-        """(T,), or (3, T) in a family with M-RoPE -> rotary table (2, T, d) in the model's dtype."""
+        """(T,), or (3, T) where a family has M-RoPE -> rotary table (2, T, d)."""
         c = self.config
         return rope_table(positions, c["head_dim"], c["rope_theta"], c["mrope_section"], self.dtype)
 
     def splice(self, tail, start, crops):
-        """What follows the image in stage 2 (Sec. 3.4): the crops' tokens, right behind it, then `tail`.
+        """What follows the image in stage 2 (Sec. 3.4): the crops' tokens, then `tail`.
 
         tail (1, t, D): embeddings of the text behind the image, whose first token stood at position
         `start`. -> embeddings (1, t', D) and their positions; these simply run on.
@@ -392,17 +396,19 @@ class LLaVA(nn.Module):
     def check_length(self, tokens):
         limit = self.config["max_position_embeddings"]
         if tokens > limit:
-            raise BadInput(f"the prompt and its answer need {tokens} tokens, the model has room for {limit}; "
-                           "shorten the question or the conversation, or lower --max-new-tokens")
+            raise BadInput(f"the prompt and its answer need {tokens} tokens, the model has room "
+                           f"for {limit}; shorten the question or the conversation, "
+                           "or lower --max-new-tokens")
 
     def run(self, hidden_states, first, last, rope, cache=NoCache(), start=0):
-        """Decoder layers first..last-1 on hidden states (b, t, D), with the rotary table of their tokens.
+        """Decoder layers first..last-1 on hidden states (b, t, D), whose rotary table is `rope`.
 
-        With a cache, the t tokens stand at columns start.. and also see all columns before, which must
-        have been run through the same layers.
+        With a cache, the t tokens stand at columns start.. and also see all columns before, which
+        must have been run through the same layers.
         """
         for layer in range(first, last):
-            hidden_states = self.language_model.layers[layer](hidden_states, rope, layer, cache, start)
+            block = self.language_model.layers[layer]
+            hidden_states = block(hidden_states, rope, layer, cache, start)
         return hidden_states
 
     def head(self, hidden_states):
@@ -436,15 +442,15 @@ class LLaVA(nn.Module):
     def decode(self, last_hidden, cache, position, max_new_tokens):
         """Greedy decoding from the last prompt token's hidden state (b, D).
 
-        position: the cache's column of the next token. Returns b lists of ids without EOS. EOS is never
-        fed back, nor is the last of max_new_tokens. A row that has ended leaves the batch, unless
-        cache.queries are kept: then each holds one (b, H, 1, d) for every step, rows that ended included.
-        Raises FloatingPointError where a logit is not finite.
+        position: the cache's column of the next token. Returns b lists of ids without EOS. EOS is
+        never fed back, nor is the last of max_new_tokens. A row that has ended leaves the batch,
+        unless cache.queries are kept: then each holds one (b, H, 1, d) for every step, rows that
+        ended included. Raises FloatingPointError where a logit is not finite.
         """
         first = position + cache.shift
         rope = self.rope(torch.arange(first, first + max_new_tokens, device=self.device))
         answers = [[] for _ in range(len(last_hidden))]
-        unended = list(answers)  # the answer that each row of the batch goes on with, None: it has ended
+        unended = list(answers)  # the answer that each row of the batch goes on with, or None
         for step in range(max_new_tokens):
             tokens, ids = self.choose(last_hidden)  # (b,), and the same on the host
             for row, token in enumerate(ids):
@@ -488,28 +494,30 @@ class LLaVA(nn.Module):
 
     @classmethod
     def read_config(cls, folder, config):
-        """config.json's content -> the decoder's sizes, those of the tower under "vision", and flags.
+        """config.json's content -> the decoder's sizes, the tower's under "vision", and flags.
 
         Raises BadInput on what is nonsense, or not LLaVA-1.5.
         """
         path = folder / "config.json"
         if "mm_vision_tower" in config or "mm_projector_type" in config:
-            raise BadInput(f"{path}: a checkpoint in the original LLaVA layout; use the same model as "
-                           f"{KNOWN['llava-1.5-7b']} or {KNOWN['llava-1.5-13b']}")
-        given_text, given_vision = config.get("text_config") or {}, config.get("vision_config") or {}
-        text = read_text_sizes(path, given_text, TEXT_DEFAULTS)
+            raise BadInput(f"{path}: a checkpoint in the original LLaVA layout; use the same "
+                           f"model as {KNOWN['llava-1.5-7b']} or {KNOWN['llava-1.5-13b']}")
+        given_vision = config.get("vision_config") or {}
+        text = read_text_sizes(path, config.get("text_config") or {}, TEXT_DEFAULTS)
         if not isinstance(given_vision, dict):
             raise BadInput(f"{path}: vision_config must be an object; download it again")
         vision = VISION_DEFAULTS | given_vision if given_vision else {"hidden_size": 1024}
         check_whole(path, vision, *(key for key in VISION_DEFAULTS if key in vision))
         check_number(path, {"layer_norm_eps": 1e-5} | vision, "layer_norm_eps")
-        layers, feature = vision.get("num_hidden_layers", 24), config.get("vision_feature_layer", -2)
+        layers = vision.get("num_hidden_layers", 24)
+        feature = config.get("vision_feature_layer", -2)
         refuse(path, [
             (type(feature) is not int or not -layers <= feature <= layers,
              "vision_feature_layer must be one layer"),
             (config.get("vision_feature_select_strategy", "default") != "default",
              "vision_feature_select_strategy must be default"),
-            (config.get("projector_hidden_act", "gelu") != "gelu", "projector_hidden_act must be gelu"),
+            (config.get("projector_hidden_act", "gelu") != "gelu",
+             "projector_hidden_act must be gelu"),
             (vision["hidden_size"] % vision.get("num_attention_heads", 1) != 0,
              "the tower's hidden_size is not a multiple of its heads"),
             (vision.get("image_size", 336) < vision.get("patch_size", 14),
@@ -525,18 +533,22 @@ class LLaVA(nn.Module):
     def read_tokenizer(folder, config):
         path = folder / "tokenizer.model"
         if not path.is_file():
-            other = (folder / "tokenizer.json").is_file()
-            raise BadInput(f"{path}: missing{', tokenizer.json alone is not read' if other else ''}; "
+            other = ""
+            if (folder / "tokenizer.json").is_file():
+                other = ", and tokenizer.json is not read for this family"
+            raise BadInput(f"{path}: missing{other}; "
                            "copy the checkpoint's tokenizer.model into the folder")
         tokenizer = sentencepiece.SentencePieceProcessor()
         try:
             tokenizer.LoadFromSerializedProto(path.read_bytes())
         except (RuntimeError, OSError):
             raise BadInput(f"{path}: not a sentencepiece model; download it again") from None
-        pieces, vocab, image = tokenizer.get_piece_size(), config["vocab_size"], config["image_token"]
+        pieces = tokenizer.get_piece_size()
+        vocab, image = config["vocab_size"], config["image_token"]
         if type(image) is not int or not 0 < pieces <= min(vocab, image):
-            raise BadInput(f"{path}: {pieces} pieces, but config.json has {vocab} embeddings and image token "
-                           f"{str(image)[:40]}; use the tokenizer.model of this checkpoint")
+            raise BadInput(f"{path}: {pieces} pieces, but config.json has {vocab} embeddings and "
+                           f"image token {str(image)[:40]}; "
+                           "use the tokenizer.model of this checkpoint")
         if (tokenizer.bos_id(), tokenizer.eos_id()) != (1, 2):
             raise BadInput(f"{path}: BOS and EOS are not 1 and 2 as in LLaMA; "
                            "use the tokenizer.model of this checkpoint")
@@ -545,13 +557,14 @@ class LLaVA(nn.Module):
     @staticmethod
     def canonical(name):
         """Every spelling in circulation -> our parameter's name."""
-        name = re.sub(r"^model\.(?=language_model|vision_tower|multi_modal_projector|lm_head)", "", name)
+        parts = "language_model|vision_tower|multi_modal_projector|lm_head"
+        name = re.sub(rf"^model\.(?={parts})", "", name)
         name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
         name = re.sub(r"^language_model\.model\.", "language_model.", name)
         return re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
 
     def ignored(self, key):
-        """Tensors that checkpoints hold and nothing reads: buffers, the tower's layers above the used."""
+        """Tensors that nothing reads: buffers, and the tower's layers above the used."""
         used, depth = len(self.vision_tower.encoder.layers), self.vision_tower.depth
         layer = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", key)
         return (key.startswith("vision_tower.post_layernorm.")
@@ -565,9 +578,10 @@ def next_position(positions):
 
 
 def compile_decode(m, *lengths):
-    """From now on decode with a compiled step, made ready for caches of these lengths -> seconds it took.
+    """From now on decode with a compiled step, ready for caches of these lengths -> seconds.
 
-    Its buffers are kept and used again, so answer one question at a time. Half precision rounds differently.
+    Its buffers are kept and used again, so answer one question at a time. Half precision rounds
+    differently.
     """
     began, m.static = time.perf_counter(), {}
     mode = "reduce-overhead" if m.device.type == "cuda" else None
@@ -583,7 +597,7 @@ def compile_decode(m, *lengths):
     return time.perf_counter() - began
 
 
-# ---------------------------------------------------------------------------------------------- sizes
+# ------------------------------------------------------------------------------------------- sizes
 
 def read_json(path):
     """A JSON object from a file. Raises BadInput."""
@@ -622,14 +636,16 @@ def refuse(path, faults):
 
 
 def read_text_sizes(path, given, defaults):
-    """A LLaMA decoder's sizes, by the names of config.json -> dict with every key that Block reads."""
+    """A LLaMA decoder's sizes, by config.json's names -> dict with every key that Block reads."""
     rope = given.get("rope_parameters") or {} if isinstance(given, dict) else None
     if not isinstance(rope, dict):  # newer files nest rope_theta there
-        raise BadInput(f"{path}: text_config and rope_parameters must be objects; download it again")
+        raise BadInput(f"{path}: text_config and rope_parameters must be objects; "
+                       "download it again")
     text = defaults | {key: value for key, value in (given | rope).items() if value is not None}
     text.setdefault("num_key_value_heads", text.get("num_attention_heads"))
-    check_whole(path, text, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "max_position_embeddings", "vocab_size")
+    check_whole(path, text, "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
+                "vocab_size")
     check_number(path, text, "rms_norm_eps", "rope_theta")
     text.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])
     check_whole(path, text, "head_dim")
@@ -645,14 +661,14 @@ def read_text_sizes(path, given, defaults):
     return text | flags
 
 
-# --------------------------------------------------------------------------------------------- loading
+# ----------------------------------------------------------------------------------------- loading
 
 def load(path_or_name, device=None, dtype=None):
-    """Load a checkpoint folder in the Hugging Face layout, or a known name -> LLaVA, or its family's class.
+    """Load a checkpoint folder in the Hugging Face layout, or a known name -> its family's model.
 
     dtype: None = the file's on CUDA; on the CPU float32 below 1 GB of weights, else bfloat16.
-    Raises BadInput, before taking memory, when a file is missing or damaged, a key unknown or missing, or
-    a shape differs.
+    Raises BadInput, before taking memory, when a file is missing or damaged, a key unknown or
+    missing, or a shape differs.
     """
     folder = find_checkpoint(path_or_name)
     family, config = read_family(folder)
@@ -667,10 +683,11 @@ def load(path_or_name, device=None, dtype=None):
     where = match_keys(folder, m, shards)
     dtype = torch_dtype(dtype) or default_dtype(device, where, shards)
     for key, (file, name) in where.items():
-        tensor = shards[file].get_tensor(name)  # memory-mapped: pages are read as they are converted
+        tensor = shards[file].get_tensor(name)  # memory-mapped: read as it is converted
         tensor = tensor.to(device, dtype)
         if not torch.isfinite(tensor).all():
-            raise BadInput(f"{folder / file}: {name} holds NaN or infinite values; download the file again")
+            raise BadInput(f"{folder / file}: {name} holds NaN or infinite values; "
+                           "download the file again")
         module, _, leaf = key.rpartition(".")
         setattr(m.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
     if config["tied"]:
@@ -708,9 +725,11 @@ def explain_folder(folder):
     """A folder without config.json: say what it is, if that can be told. Raises BadInput."""
     snapshots = sorted(folder.glob("snapshots/*/config.json"))
     if snapshots:
-        raise BadInput(f"{folder}: the root of a hub download; name its snapshot: {snapshots[-1].parent}")
+        raise BadInput(f"{folder}: the root of a hub download; "
+                       f"name its snapshot: {snapshots[-1].parent}")
     if any(folder.glob("adapter_*")):
-        raise BadInput(f"{folder}: an adapter (LoRA) alone; merge it into its base model and save that")
+        raise BadInput(f"{folder}: an adapter (LoRA) alone; "
+                       "merge it into its base model and save that")
 
 
 def check_device(device):
@@ -724,7 +743,7 @@ def check_device(device):
 
 
 def find_checkpoint(path_or_name):
-    """A folder, or a name looked up beside the project, under checkpoints/, then in the Hugging Face cache.
+    """A folder, or a name looked up beside the project, in checkpoints/, in the Hugging Face cache.
 
     The hub's own owner/name stands for the name here. Returns a Path, or raises BadInput.
     """
@@ -738,17 +757,17 @@ def find_checkpoint(path_or_name):
         if place.is_dir():
             return place
     if name.startswith("liuhaotian/"):
-        size = "13b" if "13b" in name else "7b"
+        known = "llava-1.5-13b" if "13b" in name else "llava-1.5-7b"
         raise BadInput(f"{name}: the original layout, in pickles, which are never loaded; "
-                       f"use --ckpt llava-1.5-{size}, the same model as {KNOWN[f'llava-1.5-{size}']}")
+                       f"use --ckpt {known}, the same model as {KNOWN[known]}")
     if name not in KNOWN:
-        raise BadInput(f"{name}: no such checkpoint folder, nor one of the names {', '.join(KNOWN)}; "
-                       "check --ckpt")
+        raise BadInput(f"{name}: no such checkpoint folder, nor one of the names "
+                       f"{', '.join(KNOWN)}; check --ckpt")
     repository = KNOWN[name]
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface")
     home = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    snapshots = (home / ("models--" + repository.replace("/", "--")) / "snapshots").glob("*/config.json")
-    newest = sorted(snapshots, key=lambda p: p.stat().st_mtime)
+    cached = home / ("models--" + repository.replace("/", "--"))
+    newest = sorted(cached.glob("snapshots/*/config.json"), key=lambda p: p.stat().st_mtime)
     if newest:
         return newest[-1].parent
     raise BadInput(f"{name} is not on this machine; download it with: hf download {repository} "
@@ -769,9 +788,10 @@ def open_shards(folder):
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        named = weight_map.values() if isinstance(weight_map, dict) else [None]
+        if not all(isinstance(name, str) for name in named):
             raise BadInput(f"{index}: no weight_map of file names; download it again")
-        names = sorted(set(weight_map.values()))
+        names = sorted(set(named))
         if any(Path(name).name != name for name in names):
             raise BadInput(f"{index}: names a file outside the folder; download it again")
     elif single.is_file():
@@ -779,14 +799,14 @@ def open_shards(folder):
     else:
         pickles = sorted(p.name for end in ("bin", "pt", "pth") for p in folder.glob(f"*.{end}"))
         if pickles:
-            raise BadInput(f"{folder}: holds {pickles[0]}, a pickle, which is never loaded; use the "
-                           f"safetensors of the hub, for example {KNOWN['llava-1.5-7b']}")
+            raise BadInput(f"{folder}: holds {pickles[0]}, a pickle, which is never loaded; use "
+                           f"the safetensors of the hub, for example {KNOWN['llava-1.5-7b']}")
         raise BadInput(f"{folder}: no model.safetensors and no model.safetensors.index.json; "
                        "is the download complete?")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise BadInput(f"{folder}: {len(missing)} of {len(names)} shards missing: {', '.join(missing)}; "
-                       "download them again")
+        raise BadInput(f"{folder}: {len(missing)} of {len(names)} shards missing: "
+                       f"{', '.join(missing)}; download them again")
     return {name: open_safetensors(folder / name) for name in names}
 
 
@@ -800,7 +820,8 @@ def open_safetensors(path):
 def match_keys(folder, m, shards):
     """The two-way ledger: {our parameter: (file, name there)}.
 
-    Every tensor is used once or on the family's ignore list, every parameter is filled, shapes agree.
+    Every tensor is used once or on the family's ignore list, every parameter is filled, shapes
+    agree.
     """
     wanted, where, unknown = dict(m.named_parameters()), {}, []
     tied = m.config["tied"]
@@ -823,16 +844,16 @@ def match_keys(folder, m, shards):
         tensor = shards[file].get_slice(name)
         shape, expected = tuple(tensor.get_shape()), tuple(wanted[key].shape)
         if shape != expected:
-            raise BadInput(f"{folder / file}: {name} has shape {shape}, config.json says {expected}; "
-                           "config.json and the weights are not of one model")
+            raise BadInput(f"{folder / file}: {name} has shape {shape}, config.json says "
+                           f"{expected}; config.json and the weights are not of one model")
         if tensor.get_dtype() not in DTYPES:
-            raise BadInput(f"{folder / file}: {name} is {tensor.get_dtype()}, not a floating-point tensor; "
-                           "quantised checkpoints are not supported")
+            raise BadInput(f"{folder / file}: {name} is {tensor.get_dtype()}, not a "
+                           "floating-point tensor; quantised checkpoints are not supported")
     return where
 
 
 def ledger_fault(m, wanted, missing, unknown):
-    """One line on keys that do not match, with the nearest name, or with what the folder probably is."""
+    """One line on keys that do not match, with the nearest, or with what this probably is."""
     if any("mm_projector" in name for name in unknown):
         return (f"a checkpoint in the original LLaVA layout (model.mm_projector.*); "
                 f"use {KNOWN['llava-1.5-7b']} or {KNOWN['llava-1.5-13b']} instead")
@@ -864,7 +885,7 @@ def default_dtype(device, where, shards):
 
 
 def fingerprint(folder, config, shards):
-    """A short name for exactly these weights: the parsed sizes, and of each file its size and content.
+    """A short name for exactly these weights: parsed sizes, and each file's size and content.
 
     Files from 256 MB on count by 64 samples of 4 KB.
     """

@@ -3,17 +3,17 @@ SD-RPN, the method whole: a question -> where to look -> look again.
 
 Sec., Eq. and Alg. are those of the paper, arXiv 2509.16944.
 
-    teach()    the frozen model answers; where its answer looked becomes labels       Sec. 3.2, Eq. 1-2
-    RPN        R blocks on top of the first B frozen layers learn those labels        Sec. 3.3, Eq. 3-5
-    answer()   the RPN's map is cut into regions, which are cropped and read again    Sec. 3.4, Eq. 6-8
+    teach()   the frozen model answers; where its answer looked becomes labels     Sec. 3.2, Eq. 1-2
+    RPN       R blocks on top of the first B frozen layers learn those labels      Sec. 3.3, Eq. 3-5
+    answer()  the RPN's map is cut into regions, which are cropped and read again  Sec. 3.4, Eq. 6-8
 
     m = load("toy")
     rpn = RPN.load("data/toy/llava-toy/rpn.safetensors", m)
     print(answer(m, rpn, picture, "What number is on the star?").text)
 
-Left out: the training loop (train.py); baselines and ablations (tests/tables.py).
-Shapes: b batch, n turns, m response rows, T tokens, N = h*w image tokens, D hidden width, H heads, d head
-size. Maps are (..., N) row by row, or (h, w); a grid is (h, w), or an int where it is square. Boxes are
+Left out: the training loop (train.py); baselines and ablations (tests/tables.py). Shapes: b batch,
+n turns, m response rows, T tokens, N = h*w image tokens, D hidden width, H heads, d head size. Maps
+are (..., N) row by row, or (h, w); a grid is (h, w), or an int where it is square. Boxes are
 half-open (x0, y0, x1, y1), in grid cells or in source pixels.
 """
 import json
@@ -33,11 +33,11 @@ from model import (Block, Crop, KVCache, RMSNorm, next_position, open_safetensor
                    read_family, read_json, rotate, wider)
 
 
-# ---------------------------------------------------------------------- 1. teacher: pseudo-labels
+# ----------------------------------------------------------------------- 1. teacher: pseudo-labels
 
 @dataclass
 class Lesson:
-    """What the teacher says of b samples of one prompt length, and what the student goes on from."""
+    """What the teacher says of b samples of one length, and what the student goes on from."""
     responses: list       # b answers as text
     raw: torch.Tensor     # (b, N) response-to-image attention, M_RoI
     clean: torch.Tensor   # (b, N) the same without sinks, M'_RoI
@@ -51,9 +51,10 @@ def teach(m, recipe, pixels, prompts, max_new_tokens=128):
     """Alg. 1 lines 6-11 for b samples: answer, and read off where the answers looked.
 
     pixels (b, 3, H, W); prompts: b lists of ids of one length, so there is no padding and no mask.
-    recipe["sink"] None: no sink is removed (Table 3 #3). A row is a response token fed back in: every
-    token of an answer but EOS, and but the last of one cut at max_new_tokens. No row: the map is zero.
-    Costs beyond answering: at the recipe's layers, q of the rows (decoding computes it anyway) times k.
+    recipe["sink"] None: no sink is removed (Table 3 #3). A row is a response token fed back in:
+    every token of an answer but EOS, and but the last of one cut at max_new_tokens. No row: the map
+    is zero. Costs beyond answering: at the recipe's layers, q of the rows (decoding computes it
+    anyway) times k.
     """
     B, attention, sink = recipe["frozen"], head_lists(m, recipe["attention"]), recipe["sink"]
     lowest = min(attention)  # H^l of Eq. 1 enters this layer
@@ -112,7 +113,7 @@ def teacher_question(recipe, question):
 
 
 def make_labels(clean, recipe, on):
-    """Line 12 by a recipe's rules: a denoised map (N,), cells that hold picture (h, w) -> (N,) int64."""
+    """Line 12 by a recipe's rules: a denoised map (N,), `on` (h, w) holds picture -> (N,) int64."""
     rules = recipe.get("labels", {})
     padding = on if rules.get("padding") == "background" else None
     more = {key: rules[key] for key in ("grow", "min_peak") if key in rules}
@@ -126,33 +127,37 @@ def head_lists(m, attention):
 
 
 def roi_maps(cache, attention, columns, prompt, rows, softmax):
-    """M_RoI of b samples: mean over a sample's rows, and over the recipe's (layer, head) pairs as one pool.
+    """M_RoI of b samples: mean over a sample's rows and over the recipe's (layer, head) pairs.
 
-    cache: keys of everything, queries of the rows. rows: how many each sample has. -> (b, N) float32
+    cache: keys of everything, queries of the rows. rows: how many each sample has. -> (b, N)
+    float32
     """
     maps = []
     for layer, heads in attention.items():
-        k, steps = cache.k[layer], cache.queries[layer]  # (b, Hkv, length, d), one (b, H, 1, d) a step
+        k, steps = cache.k[layer], cache.queries[layer]  # (b, Hkv, length, d); a (b, H, 1, d) each
         q = torch.cat(steps, 2) if steps else k[:, :, :0]  # (b, H, steps, d)
-        of_layer = k.new_zeros(len(rows), len(heads), columns.stop - columns.start, dtype=torch.float32)
+        N = columns.stop - columns.start
+        of_layer = torch.zeros(len(rows), len(heads), N, device=k.device)
         for i, count in enumerate(rows):
             if count:
-                seen = response_attention(q[i, :, :count], k[i, :, :prompt + count], columns, prompt, softmax)
-                of_layer[i] = seen[heads]
+                own = q[i, :, :count], k[i, :, :prompt + count]
+                of_layer[i] = response_attention(*own, columns, prompt, softmax)[heads]
         maps.append(of_layer)
     return torch.cat(maps, 1).mean(1)
 
 
 def response_attention(q, k, columns, prompt, softmax="image"):
-    """Sec. 3.1, Alg. 1 lines 8-10: how much the response rows look at each image token, mean over rows.
+    """Sec. 3.1, Alg. 1 lines 8-10: how much response rows look at each image token, mean over rows.
 
-    q (H, m, d): rotated queries of the m response tokens fed back in. k (Hkv, prompt + m, d): rotated keys
-    of the prompt and of those tokens. columns: the slice that is the image. -> (H, N) float32
-    softmax="image" is the paper's, over the image alone; "sequence" the model's ordinary one, sliced.
-    >>> k = torch.tensor([[[0., 0.], [math.log(3), 0.], [0., 0.], [0., 0.]]])  # text, 2 of image, response
-    >>> response_attention(torch.tensor([[[2 ** 0.5, 0.]]]), k, slice(1, 3), prompt=3)
+    q (H, m, d): rotated queries of the m response tokens fed back in. k (Hkv, prompt + m, d):
+    rotated keys of the prompt and of those tokens. columns: the slice that is the image. -> (H, N)
+    float32 softmax="image" is the paper's, over the image alone; "sequence" the model's ordinary
+    one, sliced.
+    >>> k = [[0., 0.], [math.log(3), 0.], [0., 0.], [0., 0.]]  # of text, two patches, response
+    >>> q, k = torch.tensor([[[2 ** 0.5, 0.]]]), torch.tensor([k])
+    >>> response_attention(q, k, slice(1, 3), prompt=3)
     tensor([[0.7500, 0.2500]])
-    >>> response_attention(torch.tensor([[[2 ** 0.5, 0.]]]), k, slice(1, 3), prompt=3, softmax="sequence")
+    >>> response_attention(q, k, slice(1, 3), prompt=3, softmax="sequence")
     tensor([[0.5000, 0.1667]])
     """
     k = k.repeat_interleave(len(q) // len(k), 0)  # (H, prompt + m, d): grouped heads share keys
@@ -166,7 +171,7 @@ def response_attention(q, k, columns, prompt, softmax="image"):
 
 
 def remove_sink_tokens(roi_map, hidden, tau_norm):
-    """Eq. 1: zero the map where the image token's hidden state is longer than tau_norm: a sink, no object.
+    """Eq. 1: zero the map where an image token's hidden state is longer than tau_norm: a sink.
 
     roi_map (..., N), hidden (..., N, D) -> (..., N)
     >>> hidden = torch.tensor([[3., 4.], [30., 40.], [0., 5.]])
@@ -178,14 +183,14 @@ def remove_sink_tokens(roi_map, hidden, tau_norm):
 
 def assign_labels(roi_map, grid, tau_fg=0.2, tau_bg=0.1, max_box_fraction=0.5, grow=0, min_peak=0.0,
                   on=None):
-    """Eq. 2: a denoised map (..., N) -> labels (..., N) int64: 1 foreground, 0 background, -1 ignored.
+    """Eq. 2: a denoised map -> labels, (..., N) int64: 1 foreground, 0 background, -1 ignored.
 
-    Foreground: at least tau_fg of the maximum. Background: outside the foreground's bounding box and at
-    most tau_bg of the maximum. What lies between is ambiguous; what else lies in the box may be a part of
-    the object that was not attended to: neither is taught. All -1 where the map is zero, or where the box
-    covers max_box_fraction of the grid or more (the released code's rule).
-    Some released recipes also let the box grow by `grow` cells, ask for a maximum of min_peak, and call
-    all padding background: `on` (h, w) bool says which cells hold picture.
+    Foreground: at least tau_fg of the maximum. Background: outside the foreground's bounding box
+    and at most tau_bg of the maximum. What lies between is ambiguous; what else lies in the box may
+    be a part of the object that was not attended to: neither is taught. All -1 where the map is
+    zero, or where the box covers max_box_fraction of the grid or more (the released code's rule).
+    Some released recipes also let the box grow by `grow` cells, ask for a maximum of min_peak, and
+    call all padding background: `on` (h, w) bool says which cells hold picture.
     >>> roi_map = torch.tensor([.9, .05, .3, .15, .0, .0, .0, .0, .0])  # foreground from .18 on
     >>> assign_labels(roi_map, grid=3).view(3, 3).tolist()              # background up to .09
     [[1, -1, 1], [-1, 0, 0], [0, 0, 0]]
@@ -217,7 +222,7 @@ def bounding_cells(fg):
     return span(fg.any(-1, keepdim=True), -2) & span(fg.any(-2, keepdim=True), -1)
 
 
-# ------------------------------------------------------------------------- 2. student: the RPN
+# ----------------------------------------------------------------------------- 2. student: the RPN
 
 class ScoreLayer(nn.Module):
     """What is left of the RPN's last block: its input norm, q_proj and k_proj."""
@@ -238,7 +243,8 @@ class ScoreLayer(nn.Module):
     def forward(self, queries, image, query_rope, image_rope):
         """Eq. 5, per head: (b, n, D) and (b, N, D), after the norm -> scores (b, H, n, N).
 
-        LLaVA's score is not rotated: it says what a patch holds, not how far from the question it stands.
+        LLaVA's score is not rotated: it says what a patch holds, not how far from the question it
+        stands.
         >>> config = dict(hidden_size=2, head_dim=2, num_attention_heads=1, num_key_value_heads=1,
         ...               rms_norm_eps=0.0, qkv_bias=False, score_rope=False)
         >>> layer = ScoreLayer(config).requires_grad_(False)
@@ -273,14 +279,15 @@ class RPN(nn.Module):
             self.twig_norm = nn.Identity()
 
     def score(self, hidden, columns, rows, rope):
-        """Eq. 3-5: hidden states after the frozen layers (b, T, D) -> scores (b, H, n, N), not below float32.
+        """Eq. 3-5: hidden states after the frozen layers (b, T, D) -> scores (b, H, n, N).
 
-        columns: the image's. rows: where the n query tokens stand, the last prompt token before each
-        response; one pass serves all turns. rope (2, T, d).
+        columns: the image's. rows: where the n query tokens stand, the last prompt token before
+        each response; one pass serves all turns. rope (2, T, d).
         """
         for block in self.twig_layers[:-1]:
             hidden = block(hidden, rope)  # (b, T, D), Eq. 3
-        queries, image = self.twig_norm(hidden[:, rows]), self.twig_norm(hidden[:, columns])  # Eq. 4
+        queries = self.twig_norm(hidden[:, rows])  # (b, n, D), Eq. 4
+        image = self.twig_norm(hidden[:, columns])  # (b, N, D)
         return self.twig_layers[-1](queries, image, rope[:, rows], rope[:, columns])
 
     def logits(self, hidden, columns, rope, grid):
@@ -323,15 +330,16 @@ class RPN(nn.Module):
         path, shards, facts = open_rpn(Path(path))
         frozen, layers = facts.get("frozen"), facts.get("layers")
         if type(frozen) is not int or type(layers) is not int or min(frozen, layers) < 1:
-            raise BadInput(f"{path}: does not say its depth (twig_K, twig_T): not an RPN of this program "
-                           "nor a released one")
+            raise BadInput(f"{path}: does not say its depth (twig_K, twig_T): not an RPN of this "
+                           "program nor a released one")
         if facts.get("fingerprint", m.fingerprint) != m.fingerprint:
-            raise BadInput(f"{path}: trained for another checkpoint ({facts.get('ckpt')}, fingerprint "
-                           f"{facts['fingerprint']}; this one is {m.fingerprint}); name its --ckpt, or "
-                           f"train again with: python train.py --ckpt {m.folder}")
+            raise BadInput(f"{path}: trained for another checkpoint ({facts.get('ckpt')}, "
+                           f"fingerprint {facts['fingerprint']}; this one is {m.fingerprint}); "
+                           f"name its --ckpt, or train again with: "
+                           f"python train.py --ckpt {m.folder}")
         if frozen + layers > m.depth:
-            raise BadInput(f"{path}: needs {frozen + layers} decoder layers, {m.folder} has {m.depth}: "
-                           "an RPN of another model")
+            raise BadInput(f"{path}: needs {frozen + layers} decoder layers, {m.folder} has "
+                           f"{m.depth}: an RPN of another model")
         with torch.device("meta"):
             rpn = cls(m.config, frozen, layers)
         wanted = rpn.state_dict()
@@ -347,19 +355,21 @@ class RPN(nn.Module):
                 raise BadInput(f"{path}: model.{key} is {shape}, {m.folder} needs "
                                f"{tuple(expected.shape)}: damaged, or an RPN of another model")
             if not found[key].isfinite().all():
-                raise BadInput(f"{path}: model.{key} holds NaN or infinite values; train again with --fresh")
+                raise BadInput(f"{path}: model.{key} holds NaN or infinite values; "
+                               "train again with --fresh")
         rpn.load_state_dict(found, assign=True)
         rpn.path = path
         return rpn.requires_grad_(False).eval()
 
     def save(self, path, facts):
         """Write model.twig_*, with `facts` (frozen, layers, fingerprint, ...) as metadata."""
-        tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        tensors = {f"model.{key}": tensor.detach().cpu().contiguous()
+                   for key, tensor in self.state_dict().items()}
         save_file(tensors, path, metadata={"sdrpn": json.dumps(facts)})
 
 
 def open_rpn(path):
-    """A file or folder -> the path that is read, its opened shards, and {"frozen": B, "layers": R, ...}."""
+    """A file or folder -> the path, its opened shards, and {"frozen": B, "layers": R, ...}."""
     if path.is_dir() and (path / "rpn.safetensors").is_file():
         path = path / "rpn.safetensors"
     if path.is_dir():  # as released: the authors call B and R twig_K and twig_T
@@ -377,10 +387,10 @@ def open_rpn(path):
 
 
 def conversation(m, turns, responses, grid):
-    """All turns with the model's own answers, up to the last question -> ids, and the query tokens' rows.
+    """All turns with the model's own answers, up to the last question -> ids, query tokens' rows.
 
     n = 2:  <s>SYSTEM USER: <image> question 1 ASSISTANT: answer 1</s>USER: question 2 ASSISTANT:
-                                                        ^ row 1                                 ^ row 2
+                                                        ^ row 1                            row 2 ^
     The decoder is causal: row 1 sees nothing of turn 2, so one pass teaches all turns (Eq. 4).
     """
     histories = [list(zip(turns[:n], responses)) for n in range(len(turns))]
@@ -390,10 +400,10 @@ def conversation(m, turns, responses, grid):
 
 
 def roi_loss(logits, labels, count=None):
-    """Alg. 1 line 18: BCE over the labelled tokens. logits, labels (..., N) -> scalar, attached to the graph.
+    """Alg. 1 line 18: BCE over the labelled tokens. logits, labels (..., N) -> scalar with a graph.
 
-    Divided by `count`, by default the number of labelled tokens; without any it is 0. Micro-batches of one
-    step pass 1 and are divided later, by the count of the whole step.
+    Divided by `count`, by default the number of labelled tokens; without any it is 0. Micro-batches
+    of one step pass 1 and are divided later, by the count of the whole step.
     >>> round(roi_loss(torch.tensor([0., 2., 9.]), torch.tensor([1, 0, -1])).item(), 4)
     1.41
     """
@@ -403,7 +413,7 @@ def roi_loss(logits, labels, count=None):
     return total / (known.sum().clamp(min=1) if count is None else count)
 
 
-# -------------------------------------------------------------------- 3. inference: look again
+# ------------------------------------------------------------------------ 3. inference: look again
 
 @dataclass
 class Region:
@@ -416,7 +426,7 @@ class Region:
 class Answer:
     text: str
     boxes: list = field(default_factory=list)  # crops that were read, in source pixels; none: plain
-    logits: torch.Tensor = None                # (h, w) float32 on the CPU; None if the RPN did not run
+    logits: torch.Tensor = None                # (h, w) float32, CPU; None if the RPN did not run
     regions: list = field(default_factory=list)
     keeps: list = field(default_factory=list)  # per crop, the cells of its own grid that were read
     visual_tokens: int = 0
@@ -426,11 +436,11 @@ class Answer:
 @torch.no_grad()
 def answer(m, rpn, picture, question, mode="mask", tau=0.15, max_new_tokens=128, history=(),
            max_regions=2, regions=None):
-    """Two-stage answer (Sec. 3.4). mode: "mask" (Eq. 8), "box" (Eq. 7), or "plain", which is generate().
+    """Two-stage answer (Sec. 3.4). mode: "mask" (Eq. 8), "box" (Eq. 7), "plain" (generate()).
 
     history = ((question, answer), ...). The crop belongs to this question only. A list of Region as
-    `regions` takes the RPN's place. Stage 2 does not start over: what comes before the crop in a causal
-    decoder does not see it, so its keys, values and hidden states after B layers stay.
+    `regions` takes the RPN's place. Stage 2 does not start over: what comes before the crop in a
+    causal decoder does not see it, so its keys, values and hidden states after B layers stay.
     """
     if mode == "plain":
         return Answer(m.generate(picture, question, max_new_tokens, history))
@@ -474,7 +484,7 @@ def answer(m, rpn, picture, question, mode="mask", tau=0.15, max_new_tokens=128,
 
 
 def find_regions(logits, tau=0.15, on=None):
-    """Eq. 6 and the boxes of Eq. 7: logits (h, w) -> regions whose smoothed probability exceeds tau.
+    """Eq. 6, and boxes of Eq. 7: logits (h, w) -> regions whose smoothed probability exceeds tau.
 
     on: (h, w) bool, the cells that hold picture; padding holds no evidence.
     >>> logits = torch.full((6, 6), -9.)
@@ -496,15 +506,17 @@ def smooth(p):
     """
     w = torch.exp(-torch.tensor([1.0, 0.0, 1.0], dtype=p.dtype, device=p.device) / 2)
     w = w / w.sum()
-    padded = F.pad(p.reshape(-1, 1, *p.shape[-2:]), (1, 1, 1, 1), mode="reflect")  # (maps, 1, h+2, w+2)
+    maps = p.reshape(-1, 1, *p.shape[-2:])  # (maps, 1, h, w)
+    padded = F.pad(maps, (1, 1, 1, 1), mode="reflect")
     return F.conv2d(padded, (w[:, None] * w).view(1, 1, 3, 3)).view(p.shape)
 
 
 def regions_above(p, threshold):
-    """The regions R^i of Eq. 7 on a map (h, w): where p > threshold, in raster order of their first cell.
+    """The regions R^i of Eq. 7 on a map (h, w), p > threshold, in raster order of the first cell.
 
-    Specks of one cell are dropped, and regions of more than 225 cells in 576: looking again would hardly
-    magnify. The box of a region of 2 or 3 cells is grown to at least 3 a side; its cells stay.
+    Specks of one cell are dropped, and regions of more than 225 cells in 576: looking again would
+    hardly magnify. The box of a region of 2 or 3 cells is grown to at least 3 a side; its cells
+    stay.
     >>> p = torch.zeros(6, 6)
     >>> p[0, 5] = .9            # a speck
     >>> p[2, 2] = p[3, 3] = .5  # two cells that touch at a corner
@@ -527,7 +539,7 @@ def regions_above(p, threshold):
 
 
 def components(mask):
-    """8-connected components of a (h, w) bool map, in raster order of their first cell: lists of (y, x)."""
+    """8-connected components of a (h, w) bool map, in raster order: lists of (y, x)."""
     order = [tuple(cell) for cell in mask.nonzero().tolist()]
     unseen, found = set(order), []
     for cell in order:
@@ -546,7 +558,7 @@ def components(mask):
 
 
 def grown(low, high, length):
-    """A side [low, high) of fewer than 3 cells -> 3 around its centre, cut at the border, not shifted.
+    """A side [low, high) of fewer than 3 cells -> 3 around its centre, cut at the border.
 
     >>> grown(4, 6, 9), grown(0, 1, 9), grown(2, 5, 9)
     ((3, 6), (0, 2), (2, 5))
@@ -558,11 +570,11 @@ def grown(low, high, length):
 
 
 def look_again(m, picture, letterbox, regions, mode, max_regions=2):
-    """Eq. 7 (mode "box") or Eq. 8 ("mask"): regions -> crops as image tokens, and their boxes in pixels.
+    """Eq. 7 (mode "box") or Eq. 8 ("mask"): regions -> crops as image tokens, boxes in pixels.
 
-    Box Upscaling: the heaviest max_regions regions, all cells of each crop. Masked Upscaling: one crop
-    around all regions; of its features only those under the mask are projected (all, if none is).
-    A mask of 2 x 2 cells on a crop of 4 x 4 tokens:
+    Box Upscaling: the heaviest max_regions regions, all cells of each crop. Masked Upscaling: one
+    crop around all regions; of its features only those under the mask are projected (all, if none
+    is). A mask of 2 x 2 cells on a crop of 4 x 4 tokens:
     >>> mask = torch.tensor([[[[1., 0.], [1., 1.]]]])
     >>> (F.interpolate(mask, (4, 4), mode="bilinear")[0, 0] > 0.5).int().tolist()
     [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
@@ -606,17 +618,17 @@ class Clock:
         self.last = now
 
 
-# --------------------------------------------------------------------------- 4. cells and pixels
+# ----------------------------------------------------------------------------- 4. cells and pixels
 
 def as_pair(grid):
     return (grid, grid) if isinstance(grid, int) else tuple(grid)
 
 
 class Letterbox:
-    """How a grid of cells lies over a picture: centred on it, padding around, an odd rest at the far side.
+    """How a grid of cells lies over a picture: centred, an odd rest of padding at the far side.
 
-    picture_size, frame: (w, h) in source pixels; the frame is what the grid covers, by default the padded
-    square for a square grid, the picture itself for another. Boxes are (x0, y0, x1, y1).
+    picture_size, frame: (w, h) in source pixels; the frame is what the grid covers, by default the
+    padded square for a square grid, the picture itself for another. Boxes are (x0, y0, x1, y1).
     >>> letterbox = Letterbox((672, 504), 12)  # cells of 56 px; 84 px of padding above and below
     >>> letterbox.to_pixels((0, 3, 2, 6))
     (0, 84, 112, 252)
@@ -632,7 +644,7 @@ class Letterbox:
         self.cells = self.grid[::-1]  # cells along x and along y
 
     def to_pixels(self, box):
-        """A box in cells -> source pixels: floor, ceil, cut at the picture's edge, at least 1 px a side."""
+        """A box in cells -> source pixels: floor, ceil, cut at the edge, at least 1 px a side."""
         sides = []
         for axis, length in enumerate(self.picture_size):
             frame, cells, offset = self.frame[axis], self.cells[axis], self.offset[axis]
@@ -667,21 +679,23 @@ def grid_to_image(box, grid, picture_size):
     return Letterbox(picture_size, grid).to_pixels(box)
 
 
-# -------------------------------------------------------------------------------- 5. recipes
+# -------------------------------------------------------------------------------------- 5. recipes
 
 # A recipe says where the teacher looks, where the RPN sits, and how it is trained:
 #   attention   {layer: heads}, null = all heads; (layer, head) pairs are one pool
 #   softmax     "image" (the paper's) or "sequence" (the model's own, sliced)
-#   sink        {"kind": "norm", "c": x median norm}, {"kind": "attention", "attention": ..., "threshold"}, null
+#   sink        {"kind": "norm", "c": times the median norm}, null, or
+#               {"kind": "attention", "attention": {layer: heads}, "threshold": for 576 tokens}
 #   frozen, layers, tau     B, R and the threshold of Eq. 6
-#   train       lr, warmup, betas, epochs, batch_size, grad_accum, clip; samples and held_out for the toy
+#   train       lr, warmup, betas, epochs, batch_size, grad_accum, clip; the toy: samples, held_out
 #   kinds?      {kind of question: entries that replace the above}
 #   labels?     {"grow", "min_peak", "padding"}: what else assign_labels is told
-#   square?     true: training pictures are padded to a square; budget? [min, max] pixels while training
+#   square?     true: training pictures are padded to a square
+#   budget?     [min, max] pixels of a picture while training
 #   request?    replaces the question's last sentence when labels are made
-# The two below are what the authors released; they are found by model_type, layers and hidden width.
-RELEASED_TRAINING = dict(lr=5e-5, warmup=0.03, betas=[0.9, 0.98], epochs=1, batch_size=8, grad_accum=16,
-                         clip=1.0)
+# The two below are what the authors released, by model_type, layers and hidden width.
+RELEASED_TRAINING = dict(
+    lr=5e-5, warmup=0.03, betas=[0.9, 0.98], epochs=1, batch_size=8, grad_accum=16, clip=1.0)
 RECIPES = {
     ("llava", 32, 4096): dict(
         attention={"14": [13, 24, 26]}, softmax="sequence",
@@ -714,7 +728,7 @@ def load_recipe(folder):
 
 
 def recipe_for(recipe, kind):
-    """The recipe for one kind of question; where it has `kinds` and this is none of them, the first.
+    """The recipe for one kind of question; where this is none of its `kinds`, for the first.
 
     >>> recipe_for({"tau": 0.15, "kinds": {"text": {"tau": 0.1}, "natural": {}}}, "text")
     {'tau': 0.1}
@@ -725,7 +739,7 @@ def recipe_for(recipe, kind):
 
 
 def recipe_faults(recipe, depth, heads):
-    """Names of entries that are missing, or that a decoder of so many layers and heads can not follow.
+    """Names of entries that are missing, or that a decoder of these sizes can not follow.
 
     >>> recipe_faults({"frozen": 7, "tau": 1.5, "softmax": "image"}, 8, 5)
     ['attention', 'sink', 'layers', 'tau', 'train']
@@ -735,7 +749,8 @@ def recipe_faults(recipe, depth, heads):
 
     def pairs(v):
         every = [head for chosen in v.values() if chosen is not None for head in chosen]
-        return (len(v) > 0 and all(int(layer) in range(depth) and chosen != [] for layer, chosen in v.items())
+        return (len(v) > 0 and [] not in v.values()
+                and all(int(layer) in range(depth) for layer in v)
                 and all(whole(head, 0, heads - 1) for head in every))
 
     def sink(v):

@@ -5,10 +5,10 @@ Images + questions -> an RPN, distilled from the model's own attention: Algorith
     python train.py --ckpt llava-1.5-7b              # questions from data/llava_mix.jsonl
     torchrun --nproc_per_node 4 train.py --ckpt llava-1.5-7b
 
-Stopped at any moment, the same command goes on. Everything lands in out/<ckpt name>/ (--out). No box
-and no answer of the data is used. The numbers in train() are the lines of Alg. 1.
-Left out: callbacks, mixed data sets, evaluation of anything but the toy (infer.py --eval does that).
-Shapes: b samples of a group, n turns, T tokens, N = h*w image tokens, D hidden width, H heads.
+Stopped at any moment, the same command goes on. Everything lands in out/<ckpt name>/ (--out). No
+box and no answer of the data is used. The numbers in train() are the lines of Alg. 1. Left out:
+callbacks, mixed data sets, evaluation of anything but the toy (infer.py --eval does that). Shapes:
+b samples of a group, n turns, T tokens, N = h*w image tokens, D hidden width, H heads.
 """
 import argparse
 import contextlib
@@ -30,18 +30,19 @@ from data.questions import read_questions
 from data.run import Run, Tally, say
 from data.toy.scenes import ToyQuestions
 from model import KNOWN, ROOT, find_checkpoint, load, read_json, run_name, wider
-from sdrpn import (RPN, Letterbox, Region, answer, conversation, load_recipe, make_labels, recipe_for,
-                   regions_above, roi_loss, smooth, teach, teacher_question, teacher_view)
+from sdrpn import (RPN, Letterbox, Region, answer, conversation, load_recipe, make_labels,
+                   recipe_for, regions_above, roi_loss, smooth, teach, teacher_question,
+                   teacher_view)
 
 TOO_FAR = ("the learning rate is likely too high or the dtype too narrow: "
            "use --dtype float32 or a lower --lr, with --fresh")
 TOY_TRAIN, TOY_HELD_OUT = "train", "held-out"  # names of the scenes' random streams
 
 
-# ----------------------------------------------------------------------------------- Algorithm 1
+# ------------------------------------------------------------------------------------- Algorithm 1
 
 def train(args, m, recipe, questions, run):
-    """Algorithm 1 -> a trained RPN. Raises BadInput, FloatingPointError; after Ctrl-C SystemExit."""
+    """Algorithm 1 -> a trained RPN. Raises BadInput, FloatingPointError; SystemExit on Ctrl-C."""
     B, R, training = recipe["frozen"], recipe["layers"], recipe["train"]
     rpn = RPN.from_layers(m, B, R).to(wider(m.dtype))  # 3
     optimizer = torch.optim.AdamW(rpn.parameters(), betas=training["betas"], weight_decay=0.0)
@@ -171,7 +172,7 @@ def targets(lesson, group):
 
 @torch.no_grad()
 def frozen_pass(m, B, group):
-    """Layers 0..B-1 on questions and known answers -> hidden (b, T, D), columns, query rows, rope."""
+    """Layers 0..B-1 on questions and known answers -> hidden (b, T, D), columns, rows, rope."""
     pixels = torch.stack([sample.pixels for sample in group])
     grid, tokens = m.token_grid(pixels), m.encode(pixels)  # (b, N, D)
     talks = [conversation(m, sample.turns, sample.responses, grid) for sample in group]
@@ -182,7 +183,7 @@ def frozen_pass(m, B, group):
 
 
 def loss_sum(scores, labels):
-    """Lines 13 and 18: scores (b, H, n, N), labels (b, n, N) -> loss summed over labelled tokens."""
+    """Lines 13, 18: scores (b, H, n, N), labels (b, n, N) -> loss summed over labelled tokens."""
     return roi_loss(scores.mean(1), labels, count=1)
 
 
@@ -228,10 +229,10 @@ def naming(step, group, run):
         run.skip(group[0].number, e)
 
 
-# ------------------------------------------------------------------------- a run, from its flags
+# --------------------------------------------------------------------------- a run, from its flags
 
 class FileQuestions:
-    """A question file's (picture, question) by number, shuffled and cut if `samples` are asked for."""
+    """A question file's (picture, question) by number; `samples` of them, shuffled, if given."""
 
     def __init__(self, path, images, samples, seed):
         self.questions, self.root = read_questions(path, images)
@@ -299,7 +300,7 @@ def fill_in(args, recipe):
     args.rpn_layers = args.rpn_layers or recipe["layers"]
 
 
-# ------------------------------------------------------------- the toy's comparison, and the picture
+# ----------------------------------------------------------- the toy's comparison, and the picture
 
 METHODS = ("plain", "raw attention", "SD-RPN box", "SD-RPN masked", "true box")
 
@@ -358,7 +359,7 @@ def finish(args, m, rpn, recipe, questions, run):
 
 
 def report(args, m, rpn, recipe, questions, path):
-    """The contact sheet of Figures 2 and 6: picture, raw attention, without sinks, labels, RPN map."""
+    """The contact sheet of Figures 2 and 6: picture, attention, without sinks, labels, RPN map."""
     rows = []
     for n in range(min(6, len(questions))):
         try:
@@ -377,12 +378,13 @@ def report(args, m, rpn, recipe, questions, path):
     draw.save(draw.contact_sheet(rows, columns), path)
 
 
-# ----------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------ command line
 
 def parser():
     p = argparse.ArgumentParser(description="Distil an RPN from a model's own attention.")
     add = p.add_argument
-    add("--ckpt", default="toy", help=f"checkpoint folder, or one of {', '.join(KNOWN)}; default: toy")
+    add("--ckpt", default="toy",
+        help=f"checkpoint folder, or one of {', '.join(KNOWN)}; default: toy")
     add("--data", type=Path,
         help="question file; default: the toy draws its own scenes, else data/llava_mix.jsonl")
     add("--images", type=Path, help="folder that the question file's image paths are relative to")
@@ -391,16 +393,17 @@ def parser():
         help="train on this many questions, shuffled with --seed; 10000 already helps (Table 4b)")
     add("--seed", type=int, default=0, help="order of the data; default: 0")
     add("--batch-size", type=int,
-        help="samples that go through the student together; lower it when the GPU runs out of memory")
+        help="samples of the student at a time; lower it when the GPU runs out of memory")
     add("--grad-accum", type=int,
         help="a step is batch-size x grad-accum samples, on any number of processes")
     add("--teacher-batch", type=int, default=8,
-        help="questions answered together; lower it when the teacher runs out of memory; default: 8")
+        help="questions answered at a time; lower it when memory runs out in the teacher; default: 8")
     add("--lr", type=float, help="peak learning rate; lower it if the loss jumps")
     add("--epochs", type=int, help="passes over the questions; labels are made in the first only")
     add("--frozen-layers", type=int, help="B: decoder layers below the RPN (Table 4a)")
     add("--rpn-layers", type=int, help="R: trainable blocks (Table 7)")
-    add("--max-new-tokens", type=int, default=128, help="longest answer of the teacher; default: 128")
+    add("--max-new-tokens", type=int, default=128,
+        help="longest answer of the teacher; default: 128")
     add("--max-bad", type=float, default=1.0,
         help="percent of unreadable samples that is tolerated; default: 1")
     add("--held-out", type=int,
@@ -453,8 +456,8 @@ def main(argv=None):
     except (BadInput, FloatingPointError) as e:
         fail(e)
     except (torch.OutOfMemoryError, MemoryError):
-        fail("out of memory; lower --teacher-batch, then --batch-size (raise --grad-accum as much); "
-             "the same command goes on")
+        fail("out of memory; lower --teacher-batch, then --batch-size (raise --grad-accum as "
+             "much); the same command goes on")
     except FileNotFoundError as e:
         fail(f"{e.filename}: gone; was the folder moved or deleted while the run went on?")
     except OSError as e:

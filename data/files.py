@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 
 def write_file(path, write):
-    """write(name) under another name, flushed, then renamed. Raises OSError; then `path` is as it was."""
+    """write(name) under another name, flushed, renamed. OSError leaves `path` as it was."""
     partial = path.with_name(path.name + ".partial")
     try:
         write(partial)

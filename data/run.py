@@ -1,8 +1,8 @@
-"""A training run's folder, and all about a run that is not the method: it may stop at any moment and go on.
+"""A training run's folder, and all about a run that is not the method: it may stop and go on.
 
     run = Run(out, settings, samples=1000, batch=32, epochs=2)
     run.restore(rpn, optimizer)
-    for step in run.steps():                 # from the resume point on; Ctrl-C ends after a whole step
+    for step in run.steps():                 # from the resume point on; Ctrl-C ends after a step
         for i in run.share(step): ...        # this process's samples
         tally = run.reduce(tally, rpn)       # gradients and counts of all processes
         run.record(tally, lr)
@@ -72,7 +72,7 @@ class Labels:
         self.folder, self.where, self.opened = folder, {}, None
 
     def refresh(self):
-        """Look at the folder again: other processes write there too. What is damaged is made again."""
+        """Look at the folder again: others write there too. What is damaged is made again."""
         for path in sorted(self.folder.iterdir()):
             if not LABELS.fullmatch(path.name) or path.is_symlink():
                 continue
@@ -101,23 +101,25 @@ class Labels:
         self.opened = None
 
     def read(self, sample):
-        """-> targets (n, N) and the n responses. Raises BadInput if the file went while the run lived."""
+        """-> targets (n, N) and the n responses. Raises BadInput if the file is gone."""
         path, row = self.where[sample]
         if path != self.opened:  # the samples of a file are mostly read one after the other
             try:
                 (_, self.targets, self.responses), self.opened = self.load(path), path
             except (OSError, *SHUT):
-                raise BadInput(f"{path}: removed or damaged while the run went on; the same command "
-                               "makes these labels again") from None
+                raise BadInput(f"{path}: removed or damaged while the run went on; the same "
+                               "command makes these labels again") from None
         return self.targets[row], self.responses[row]
 
 
 class Run:
     """One run: `steps` steps over shuffled samples, in a folder that is its own."""
 
-    def __init__(self, out, settings, samples, batch, epochs, fresh=False, save_every=300.0, max_bad=1.0):
+    def __init__(self, out, settings, samples, batch, epochs, fresh=False, save_every=300.0,
+                 max_bad=1.0):
         self.out, self.settings, self.fresh = out, settings, fresh
-        self.samples, self.global_batch, self.save_every, self.max_bad = samples, batch, save_every, max_bad
+        self.samples, self.global_batch = samples, batch
+        self.save_every, self.max_bad = save_every, max_bad
         self.steps_per_epoch = -(-samples // batch)
         self.total_steps = epochs * self.steps_per_epoch
         together = dist.is_initialized()
@@ -137,13 +139,15 @@ class Run:
     # ---- the folder
 
     def open_folder(self):
-        """Make the folder, or take up the run in it. Raises BadInput, having touched nothing, for a stranger's."""
+        """Make the folder, or take up the run in it. A stranger's: BadInput, nothing touched."""
         config = self.out / "config.json"
         old = self.read_marker(config)
         if old is None and self.out.exists() and not self.is_untouched():
-            raise BadInput(f"{self.out}: not empty and not a run of this program; name another --out")
+            raise BadInput(f"{self.out}: not empty and not a run of this program; "
+                           "name another --out")
         if (self.out / "labels").is_symlink():
-            raise BadInput(f"{self.out / 'labels'}: a link, which is not followed; name another --out")
+            raise BadInput(f"{self.out / 'labels'}: a link, which is not followed; "
+                           "name another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock()
         if self.fresh:
@@ -164,7 +168,7 @@ class Run:
         (self.out / "labels").mkdir(exist_ok=True)
 
     def read_marker(self, config):
-        """The settings of the run in this folder; None if there is none. Damaged: {} with --fresh, else refused."""
+        """The settings of the run in this folder; None: it is none; {}: damaged, with --fresh."""
         if not config.is_file():
             return None
         text = config.read_text(encoding="utf-8", errors="replace")
@@ -176,7 +180,8 @@ class Run:
                 return None
             if self.fresh:
                 return {}
-            raise BadInput(f"{config}: damaged; use --fresh to start over, or another --out") from None
+            raise BadInput(f"{config}: damaged; use --fresh to start over, "
+                           "or another --out") from None
 
     def is_untouched(self):
         """Nothing in the folder but what a crash in the very first moment leaves."""
@@ -219,15 +224,15 @@ class Run:
         return (self.out / "rpn.safetensors").is_file()
 
     def restore(self, rpn, optimizer):
-        """Take up weights, moments and step where a run was stopped. Raises BadInput if that is damaged."""
+        """Take up weights, moments and step where a run was stopped. Damaged: BadInput."""
         self.rpn, self.optimizer = rpn, optimizer
         path = self.out / "resume.safetensors"
         if path.is_file():
             try:
                 self.load(path)
             except (*SHUT, AttributeError):
-                raise BadInput(f"{path}: damaged; delete it to start at step 0 with the labels kept, "
-                               "or use --fresh") from None
+                raise BadInput(f"{path}: damaged; delete it to start at step 0 with the labels "
+                               "kept, or use --fresh") from None
             say(f"going on at step {self.step} of {self.total_steps}; "
                 f"{len(self.labels.where)} samples are labelled")
         if self.rank == 0:
@@ -245,8 +250,12 @@ class Run:
         weights = {key[4:]: tensor for key, tensor in tensors.items() if key.startswith("rpn.")}
         self.rpn.load_state_dict(weights)
         for i, p in enumerate(self.rpn.parameters()):
-            moments = {key.split(".")[2]: t for key, t in tensors.items() if key.startswith(f"adam.{i}.")}
-            self.optimizer.state[p] = {k: t.cpu() if k == "step" else t.clone() for k, t in moments.items()}
+            own = f"adam.{i}."
+            moments = {key.removeprefix(own): t.clone()
+                       for key, t in tensors.items() if key.startswith(own)}
+            if "step" in moments:
+                moments["step"] = moments["step"].cpu()
+            self.optimizer.state[p] = moments
 
     def save(self):
         """resume.safetensors. The order of the data needs no state: it follows from the seed."""
@@ -263,7 +272,7 @@ class Run:
     # ---- the loop
 
     def steps(self):
-        """Step numbers from the resume point on. Between two of them: log, progress, resume point, stop."""
+        """Step numbers from the resume point on. Between two of them: resume point, stop."""
         before = signal.signal(signal.SIGINT, self.ask_to_stop)
         self.began, self.first, saved = time.time(), self.step, time.time()
         try:
@@ -306,7 +315,8 @@ class Run:
         """Sum counts and gradients over the processes, and share the list of what was skipped."""
         if self.world == 1:
             return tally
-        total = torch.tensor(astuple(tally), dtype=torch.float64, device=next(rpn.parameters()).device)
+        device = next(rpn.parameters()).device
+        total = torch.tensor(astuple(tally), dtype=torch.float64, device=device)
         dist.all_reduce(total)
         everywhere = [None] * self.world
         dist.all_gather_object(everywhere, self.skipped)
@@ -317,21 +327,21 @@ class Run:
         return Tally(*total.tolist())
 
     def record(self, tally, lr):
-        """One more step is done: its line of the log and of the terminal. Raises BadInput above --max-bad."""
+        """One more step is done: its line of log and terminal. Above --max-bad: BadInput."""
         self.step += 1
         self.so_far.add(tally)
         seconds = time.time() - self.began
-        row = {"step": self.step, "loss": tally.loss / max(tally.labelled, 1), "tokens": int(tally.labelled),
-               "empty": int(tally.empty), "samples": int(tally.samples), "lr": lr,
-               "seconds": round(seconds, 3)}
+        row = {"step": self.step, "loss": tally.loss / max(tally.labelled, 1),
+               "tokens": int(tally.labelled), "empty": int(tally.empty),
+               "samples": int(tally.samples), "lr": lr, "seconds": round(seconds, 3)}
         if self.rank == 0:
             with open(self.out / "log.jsonl", "a") as f:
                 f.write(json.dumps(row) + "\n")
         self.show(row, seconds)
         if len(self.skipped) > self.max_bad / 100 * self.samples:
             self.list_skipped()
-            raise BadInput(f"{len(self.skipped)} of {self.samples} samples are bad, more than --max-bad "
-                           f"{self.max_bad} %; see {self.out / 'skipped.jsonl'}")
+            raise BadInput(f"{len(self.skipped)} of {self.samples} samples are bad, more than "
+                           f"--max-bad {self.max_bad} %; see {self.out / 'skipped.jsonl'}")
 
     def show(self, row, seconds):
         first, all_so_far = self.step == self.first + 1, self.so_far
@@ -347,11 +357,12 @@ class Run:
             f"{self.seen / seconds:.1f} samples/s{memory} | ETA {eta:.0f} s")
         early = all_so_far.samples >= 256 > all_so_far.samples - row["samples"]
         if all_so_far.empty > 0.5 * all_so_far.samples and (early or self.step == self.total_steps):
-            say(f"warning: {100 * all_so_far.empty / all_so_far.samples:.0f} % of the samples had no label "
-                "at all: the recipe's heads hardly point anywhere (`python tests/tables.py heads`)")
+            say(f"warning: {100 * all_so_far.empty / all_so_far.samples:.0f} % of the samples had "
+                "no label at all: the recipe's heads hardly point anywhere "
+                "(`python tests/tables.py heads`)")
 
     def ask_to_stop(self, *_):
-        """Ctrl-C: stop after this step. A second one stops at once (with torchrun, which sends two, none)."""
+        """Ctrl-C: stop after this step; a second one at once (not under torchrun: it sends two)."""
         self.stop = True
         if self.world == 1:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -374,13 +385,13 @@ class Run:
             path.unlink(missing_ok=True)
 
     def finish(self, rpn, facts):
-        """Write rpn.safetensors. Raises BadInput if no sample had any label: such an RPN is none."""
+        """Write rpn.safetensors. No sample had any label: BadInput, since such an RPN is none."""
         self.list_skipped()
         if self.so_far.labelled == 0:
-            raise BadInput(f"{self.out}: not one of {self.so_far.samples:.0f} samples had a label, so nothing "
-                           "was learnt: the recipe's heads point nowhere; find others with "
-                           "`python tests/tables.py heads`, put its recipe.json beside config.json, "
-                           "and start over with --fresh")
+            raise BadInput(f"{self.out}: not one of {self.so_far.samples:.0f} samples had a "
+                           "label, so nothing was learnt: the recipe's heads point nowhere; find "
+                           "others with `python tests/tables.py heads`, put its recipe.json "
+                           "beside config.json, and start over with --fresh")
         if self.rank == 0:
             facts = facts | {"step": self.step}
             write_file(self.out / "rpn.safetensors", lambda partial: rpn.save(partial, facts))
