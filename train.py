@@ -397,7 +397,7 @@ def parser():
     add("--grad-accum", type=int,
         help="a step is batch-size x grad-accum samples, on any number of processes")
     add("--teacher-batch", type=int, default=8,
-        help="questions answered at a time; lower it when memory runs out in the teacher; default: 8")
+        help="questions answered at a time; lower it when the teacher runs out of memory")
     add("--lr", type=float, help="peak learning rate; lower it if the loss jumps")
     add("--epochs", type=int, help="passes over the questions; labels are made in the first only")
     add("--frozen-layers", type=int, help="B: decoder layers below the RPN (Table 4a)")
