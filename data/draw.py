@@ -592,7 +592,7 @@ def student_panels(steps, place):
 def contact_sheet(rows, columns):
     """Maps beside their pictures, one row a picture -> picture at most 1000 px wide.
 
-    rows: dicts with picture, letterbox, maps [(h, w) arrays], title and, if known, sinks (h, w) bool,
+    rows: dicts with picture, letterbox, maps [(h, w) arrays], title; if known, sinks (h, w) bool,
     which are ringed on the first map, the raw attention, and crossed out on the second.
     columns: titles, the picture's first. A float map is drawn as heat up to its own maximum over
     the picture, an integer map as LABELS.
