@@ -266,7 +266,7 @@ def with_marks(thumb, cells, letterbox, shape):
     thumb = thumb.copy()
     spots, reach = centres(cells, letterbox, thumb.size)
     for x, y in spots:
-        draw_mark(ImageDraw.Draw(thumb), x, y, max(reach, 5), shape)
+        draw_mark(ImageDraw.Draw(thumb), x, y, min(max(reach, 5), 16), shape)
     return thumb
 
 
@@ -355,6 +355,7 @@ def mark(shape):
 
 
 def label_key():
+    """The colours of LABELS, foreground first."""
     return [(flat(colour, opacity), name) for name, colour, opacity in reversed(LABELS)]
 
 
