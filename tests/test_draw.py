@@ -366,6 +366,9 @@ def test_save_leaves_a_whole_file_or_the_old_one(tmp_path):
         draw.save(Broken(), path)
     assert Image.open(path).size == (4, 3) and [p.name for p in path.parent.iterdir()] == ["a.png"]
     draw.save(picture, path.with_name("x" * 251 + ".png"))  # as long as a name may be
+    os.link(path, path.with_name("old.png"))
+    draw.save(Image.new("RGB", (9, 9)), path)  # a new file takes the name, the old one is not written into
+    assert Image.open(path).size == (9, 9) and Image.open(path.with_name("old.png")).size == (4, 3)
 
 
 # ---------------------------------------------------------------------------------------------- charts
