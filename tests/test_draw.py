@@ -14,11 +14,11 @@ from data.draw import DARK, GREEN, WHITE
 
 
 class Letterbox:
-    """The geometry that sdrpn.py hands in: a picture centred on its padded square, or without padding."""
+    """The geometry that sdrpn.py hands in: a picture centred on its padded square, or on another frame."""
 
-    def __init__(self, picture_size, grid, square=True):
+    def __init__(self, picture_size, grid, frame=None):
         self.picture_size, self.grid = picture_size, grid
-        self.frame = (max(picture_size),) * 2 if square else picture_size
+        self.frame = frame or (max(picture_size),) * 2
 
     def to_grid(self, x, axis):
         return (x + (self.frame[axis] - self.picture_size[axis]) // 2) * self.grid[1 - axis] / self.frame[axis]
@@ -58,20 +58,20 @@ def test_map_over_takes_the_rows_or_columns_inside_the_padding():
 
 def test_map_over_of_a_grid_that_is_not_square():
     values = np.arange(6).reshape(2, 3)  # 2 rows of 3 cells over the picture itself, no padding
-    box = Letterbox((30, 20), (2, 3), square=False)
+    box = Letterbox((30, 20), (2, 3), (30, 20))
     assert np.array_equal(draw.map_over(values, box, (6, 4), False), values.repeat(2, 0).repeat(2, 1))
     assert np.array_equal(draw.map_over(values, box, (3, 2), True), values)  # at the centres of the cells
 
 
-@pytest.mark.parametrize("size, square, cell, at", [
-    ((400, 200), True, (1, 2), (0.625, 0.25)),   # offset (0, 100): centre (250, 150) is (250, 50) of the picture
-    ((200, 400), True, (2, 1), (0.25, 0.625)),
-    ((400, 400), True, (1, 2), (0.625, 0.375)),
-    ((400, 200), False, (1, 2), (0.625, 0.375))])
-def test_heat_is_hottest_at_its_cell(size, square, cell, at):
+@pytest.mark.parametrize("size, frame, cell, at", [
+    ((400, 200), None, (1, 2), (0.625, 0.25)),   # offset (0, 100): centre (250, 150) is (250, 50) of the picture
+    ((200, 400), None, (2, 1), (0.25, 0.625)),
+    ((400, 400), None, (1, 2), (0.625, 0.375)),
+    ((400, 200), (400, 200), (1, 2), (0.625, 0.375))])
+def test_heat_is_hottest_at_its_cell(size, frame, cell, at):
     heat = np.zeros((4, 4))
     heat[cell] = 1
-    view = draw.overlay(Image.new("RGB", size), heat, Letterbox(size, (4, 4), square))
+    view = draw.overlay(Image.new("RGB", size), heat, Letterbox(size, (4, 4), frame))
     y, x = np.unravel_index(array(view).sum(-1).argmax(), size[::-1])
     assert abs(x - at[0] * size[0]) < 4 and abs(y - at[1] * size[1]) < 4
 
@@ -201,9 +201,9 @@ def test_modes(mode):
     draw.answer_picture(picture, Letterbox((9, 7), (2, 2)), None, [], [(picture, None)], "q", {})
 
 
-def steps(size=(400, 200), grid=(4, 4), regions=((1, 1, 3, 2),), square=True, **changes):
+def steps(size=(400, 200), grid=(4, 4), regions=((1, 1, 3, 2),), frame=None, **changes):
     """One question whose answer looks at the cells of the regions and at a sink in cell (2, 0)."""
-    picture, box = Image.new("RGB", size, (200, 200, 210)), Letterbox(size, grid, square)
+    picture, box = Image.new("RGB", size, (200, 200, 210)), Letterbox(size, grid, frame)
     clean, sinks = np.zeros(grid), np.zeros(grid, bool)
     for x0, y0, x1, y1 in regions:
         clean[y0:y1, x0:x1] = 0.5
@@ -243,7 +243,7 @@ def test_explain_counts_what_the_padding_hides():
 
 
 @pytest.mark.parametrize("case", [
-    dict(regions=()), dict(size=(640, 480), grid=(3, 7), square=False),
+    dict(regions=()), dict(size=(640, 480), grid=(3, 7), frame=(640, 480)),
     dict(size=(30, 3000), grid=(12, 12), regions=((5, 2, 7, 4),)),
     dict(size=(3000, 30), grid=(12, 12), regions=((2, 5, 4, 7), (9, 5, 11, 7))),
     dict(raw=np.zeros((4, 4)), response="", two_stage="漢字"),
