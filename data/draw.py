@@ -1,7 +1,7 @@
 r"""Pictures of what the model saw: beside an answer, step by step, and as sheets of maps.
 
     sheet = answer_picture(picture, letterbox, heat, boxes, crops, question, {"plain": "6"})
-    save(sheet, "out/star.png", protect=["star.png"])
+    save(sheet, "out/star.png", protect="star.png")
 
 Plain arrays and PIL pictures in, PIL pictures out. Maps are (h, w), the cells of the image tokens.
 `letterbox` is the geometry of one picture and its grid, from the caller (sdrpn.Letterbox):
@@ -463,7 +463,9 @@ def crops_panel(title, crops, place):
     masks = [np.asarray(keep, bool) for _, keep in crops if keep is not None]
     kept, tokens = sum(int(keep.sum()) for keep in masks), sum(keep.size for keep in masks)
     if masks:
-        note = f"{kept} of {tokens} tokens kept" + ", the greyed are left out" * (kept < tokens)
+        note = f"all {tokens} tokens kept"
+    if kept < tokens:
+        note = f"{kept} of {tokens} tokens kept, the greyed are left out"
     if len(crops) > MOST_CROPS:
         note = f"the first {MOST_CROPS} of {len(crops)}"
     return Panel(title, [(None, note)], crops_view(crops, *place))
@@ -496,32 +498,43 @@ def answer_picture(picture, letterbox, heat, boxes, crops, question, answers):
 
 @dataclass
 class Steps:
-    """All that SD-RPN computes on one question; maps are (h, w) arrays over letterbox.grid."""
+    """All that SD-RPN computes on one question; maps are (h, w) arrays over a letterbox's grid."""
     picture: Image.Image
-    letterbox: object
     question: str
-    response: str          # the teacher's own answer, whose attention is read
+    # the teacher's
+    teacher_letterbox: object
     raw: np.ndarray        # response-to-image attention, any scale
     sinks: np.ndarray      # bool: what Eq. 1 removes
     clean: np.ndarray      # raw without the sinks
     labels: np.ndarray     # integers: 1 foreground, 0 background, -1 ignored
-    rpn: np.ndarray        # the RPN's probabilities
+    response: str          # its own answer, whose attention this is
+    # the student's
+    letterbox: object
+    rpn: np.ndarray        # probabilities
     smoothed: np.ndarray   # the same after Eq. 6's filter
     tau: float
     regions: list          # boxes (x0, y0, x1, y1) in cells; empty: the plain answer stands
     boxes: list            # what is cropped, in source px
-    crops: list            # [(PIL crop, keep)] as in answer_picture; keep is None in Box Upscaling
+    crops: list            # [(PIL crop, keep)] as in answer_picture
     plain: str
     two_stage: str
+    mode: str = None        # "mask" or "box", if the crop's title shall say it
     true_boxes: tuple = ()  # in source px, if they are known
 
 
 STORY = ("1 to 4, the teacher: what the model attends to while it answers becomes labels.   "
          "5 to 8, the student: its map says where to look again.")
+CROP_TITLES = {None: "8  Crop (Eq. 7, 8)", "box": "8  Box Upscaling (Eq. 7)",
+               "mask": "8  Masked Upscaling (Eq. 8)"}
 
 
 def explain_picture(steps):
-    """The method on one question -> picture 1600 px wide: eight numbered panels and the answers."""
+    """The method on one question -> picture 1600 px wide: eight numbered panels and the answers.
+
+    steps: Steps, or a dict of its fields.
+    """
+    if isinstance(steps, dict):
+        steps = Steps(**steps)
     width = 1600 - 2 * MARGIN
     columns, place = layout(steps.picture.size, 8, 4, width, 1040)
     panels = [*teacher_panels(steps, place), *student_panels(steps, place)]
@@ -536,7 +549,7 @@ def explain_picture(steps):
 
 def teacher_panels(steps, place):
     """1 to 4: from the picture to the labels, as in training (Sec. 3.2)."""
-    letterbox, source = steps.letterbox, steps.picture.size
+    letterbox, source = steps.teacher_letterbox, steps.picture.size
     thumb = thumbnail(steps.picture, *place)
     picture_key = [(None, size_of(steps.picture, place))]
     if len(steps.true_boxes):
@@ -573,10 +586,7 @@ def student_panels(steps, place):
     above = map_over(smoothed > steps.tau, letterbox, thumb.size, smooth=False)  # (H, W) bool
     regions = [letterbox.to_pixels(box) for box in steps.regions]
     found = "1 region" if len(regions) == 1 else f"{len(regions)} regions"
-    crop = "8  No crop"
-    if steps.crops:
-        masked = any(keep is not None for _, keep in steps.crops)
-        crop = "8  Masked Upscaling (Eq. 8)" if masked else "8  Box Upscaling (Eq. 7)"
+    title = CROP_TITLES[steps.mode] if steps.crops else "8  No crop"
     return [
         Panel("5  The RPN's map (Eq. 5)", [(ramp(), "0 to 1")],
               overlay(thumb, np.asarray(steps.rpn, float), letterbox)),
@@ -584,7 +594,7 @@ def student_panels(steps, place):
               with_outline(overlay(thumb, smoothed, letterbox), above, WHITE)),
         Panel("7  Regions (Eq. 7)", [(None, found)],
               with_boxes(thumb, regions, steps.picture.size)),
-        crops_panel(crop, steps.crops, place),
+        crops_panel(title, steps.crops, place),
     ]
 
 
@@ -593,8 +603,8 @@ def student_panels(steps, place):
 def contact_sheet(rows, columns):
     """Maps beside their pictures, one row a picture -> picture at most 1000 px wide.
 
-    rows: dicts with picture, letterbox, maps [(h, w) arrays], title; if known, sinks (h, w) bool,
-    which are ringed on the first map, the raw attention, and crossed out on the second.
+    rows: dicts with picture, maps [((h, w) array, its letterbox)] and title; if known, sinks (h, w)
+    bool, which are ringed on the first map, the raw attention, and crossed out on the second.
     columns: titles, the picture's first. A float map is drawn as heat up to its own maximum over
     the picture, an integer map as LABELS.
     """
@@ -625,7 +635,7 @@ def contact_sheet(rows, columns):
 def sheet_key(rows):
     """What the colours and marks of a contact sheet mean, of those that it holds."""
     key = []
-    if any(np.asarray(values).dtype.kind in "iu" for row in rows for values in row["maps"]):
+    if any(np.asarray(values).dtype.kind in "iu" for row in rows for values, _ in row["maps"]):
         key += label_key()
     if any(np.any(row["sinks"]) for row in rows if row.get("sinks") is not None):
         key += [(mark("ring"), "sink"), (mark("cross"), "sink, removed")]
@@ -634,14 +644,13 @@ def sheet_key(rows):
 
 def row_views(row, across, down):
     """A row of a contact sheet -> the picture and its maps, each at most across x down px."""
-    thumb, letterbox = thumbnail(row["picture"], across, down), row["letterbox"]
-    views = [thumb]
-    views += [overlay(thumb, values, letterbox, own_max=True) for values in row["maps"]]
+    thumb = thumbnail(row["picture"], across, down)
+    views = [overlay(thumb, values, letterbox, own_max=True) for values, letterbox in row["maps"]]
     if row.get("sinks") is not None:
-        for k, shape in ((1, "ring"), (2, "cross")):
-            if k < len(views):
-                views[k] = with_marks(views[k], row["sinks"], letterbox, shape)
-    return views
+        letterbox = row["maps"][0][1]
+        views[0] = with_marks(views[0], row["sinks"], letterbox, "ring")
+        views[1] = with_marks(views[1], row["sinks"], letterbox, "cross")
+    return [thumb, *views]
 
 
 # ------------------------------------------------------------------------------------------- saving
@@ -651,8 +660,11 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bm
 QUALITY = {"JPEG": dict(quality=92, subsampling=0), "WEBP": dict(quality=92)}
 
 
-def check_save(path, protect=()):
-    """Whether save() may write here -> Pillow's name of the suffix's format. Raises BadInput."""
+def check_path(path, protect=None):
+    """Whether save() may write here -> Pillow's name of the suffix's format. Raises BadInput.
+
+    protect: a path that is never overwritten, such as the input's, by whatever name.
+    """
     path = Path(path)
     form = FORMATS.get(path.suffix.lower())
     if form is None or form == "WEBP" and not features.check("webp"):
@@ -660,21 +672,22 @@ def check_save(path, protect=()):
                        f"end the name with one of {', '.join(FORMATS)}")
     if path.is_dir():
         raise BadInput(f"{path}: is a folder; name a file")
-    for other in protect:
-        same = path.exists() and os.path.exists(other) and os.path.samefile(path, other)
-        if same or os.path.realpath(path) == os.path.realpath(other):
+    if protect is not None:
+        both = path.exists() and os.path.exists(protect)
+        same = os.path.samefile(path, protect) if both else False
+        if same or os.path.realpath(path) == os.path.realpath(protect):
             raise BadInput(f"{path}: is the input, which is never overwritten; name another file")
     return form
 
 
-def save(picture, path, protect=()):
+def save(picture, path, protect=None):
     """Write the picture in the format that the suffix of path says; its folder is made.
 
-    Written under another name first, so no half a file ever stands there. protect: paths that are
-    never overwritten, such as the input's. Raises BadInput before anything is written, or OSError.
+    Written under another name first, so no half a file ever stands there. Raises what check_path()
+    does before anything is written, or OSError.
     """
     path = Path(path)
-    form = check_save(path, protect)
+    form = check_path(path, protect)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{secrets.token_hex(6)}.partial"
     try:

@@ -11,22 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clip import BadInput
 from data import draw, plots
 from data.draw import DARK, GREEN, WHITE
-
-
-class Letterbox:
-    """The geometry that sdrpn.py hands in: a picture centred on its padded square, or on another frame."""
-
-    def __init__(self, picture_size, grid, frame=None):
-        self.picture_size, self.grid = picture_size, grid
-        self.frame = frame or (max(picture_size),) * 2
-
-    def to_grid(self, x, axis):
-        return (x + (self.frame[axis] - self.picture_size[axis]) // 2) * self.grid[1 - axis] / self.frame[axis]
-
-    def to_pixels(self, box):
-        pads = [(f - p) // 2 for f, p in zip(self.frame, self.picture_size)] * 2
-        cells = [f / n for f, n in zip(self.frame, self.grid[::-1])] * 2
-        return tuple(int(min(max(b * c - p, 0), s)) for b, c, p, s in zip(box, cells, pads, self.picture_size * 2))
+from sdrpn import Letterbox
 
 
 def array(picture):
@@ -104,7 +89,7 @@ def test_labels_have_three_colours_in_their_cells():
     ignored, background, foreground = out[5, 5], out[5, 15], out[15, 5]
     assert np.array_equal(out[15, 15], foreground) and np.array_equal(out[0, 0], out[9, 9])
     assert foreground.argmax() == 1 and background.argmax() == 2 and np.ptp(ignored) == 0
-    row = dict(picture=grey, letterbox=Letterbox((20, 20), (2, 2)), maps=[labels], title="")
+    row = dict(picture=grey, maps=[(labels, Letterbox((20, 20), (2, 2)))], title="")
     sheet = draw.contact_sheet([row], ["picture", "labels"])
     for colour in (ignored, background, foreground):  # in the map and in the key, at the foot
         assert same(sheet, colour, 1).sum() > 1000 and same(sheet, colour, 1)[-30:, :400].sum() > 100
@@ -183,7 +168,7 @@ def test_extreme_sizes(size):
     plain = draw.answer_picture(picture, box, None, [], [], "q", {})
     x0, y0, x1, y1 = extent(same(plain, (200, 30, 30)))
     assert min(x1 - x0, y1 - y0) >= 30 and max(x1 - x0, y1 - y0) >= 360  # never a hairline
-    row = dict(picture=picture, letterbox=box, maps=[np.ones((6, 6)), np.ones((6, 6), int)], title="t")
+    row = dict(picture=picture, maps=[(np.ones((6, 6)), box), (np.ones((6, 6), int), box)], title="t")
     sheet = draw.contact_sheet([row], ["a", "b", "c"])
     assert sheet.width <= 1000 and same(sheet, (200, 30, 30)).any()
 
@@ -202,35 +187,47 @@ def test_modes(mode):
 
 
 def steps(size=(400, 200), grid=(4, 4), regions=((1, 1, 3, 2),), frame=None, **changes):
-    """One question whose answer looks at the cells of the regions and at a sink in cell (2, 0)."""
+    """One question whose answer looks at the cells of the regions and at a sink in row -2."""
     picture, box = Image.new("RGB", size, (200, 200, 210)), Letterbox(size, grid, frame)
     clean, sinks = np.zeros(grid), np.zeros(grid, bool)
     for x0, y0, x1, y1 in regions:
         clean[y0:y1, x0:x1] = 0.5
-    sinks[2, 0] = True
+    sinks[-2, 0] = True
     boxes = [box.to_pixels(region) for region in regions]
-    given = dict(picture=picture, letterbox=box, question="What?", response="map", raw=clean + 5.0 * sinks,
-                 sinks=sinks, clean=clean, labels=(clean > 0).astype(int), rpn=clean, smoothed=clean, tau=0.15,
+    given = dict(picture=picture, question="What?", teacher_letterbox=box, raw=clean + 5.0 * sinks, response="map",
+                 letterbox=box, sinks=sinks, clean=clean, labels=(clean > 0).astype(int), rpn=clean,
+                 smoothed=clean, tau=0.15,
                  regions=list(regions), boxes=boxes, crops=[(picture.crop(b), None) for b in boxes],
                  plain="map", two_stage="sun")
     return draw.Steps(**given | changes)
 
 
 def test_explain_shows_every_step_with_its_equation():
-    one = steps(crops=[masked()])
+    one = steps(crops=[masked()], mode="mask")
     teacher, student = draw.teacher_panels(one, (366, 183)), draw.student_panels(one, (366, 183))
     titles = [panel.title for panel in teacher + student]
     for number, (title, equation) in enumerate(zip(titles, ["", "Sec. 3.1", "Eq. 1", "Eq. 2", "Eq. 5", "Eq. 6",
                                                             "Eq. 7", "Eq. 8"], strict=True), 1):
         assert title.startswith(f"{number}  ") and equation in title
-    assert "Eq. 7" in draw.student_panels(steps(), (366, 183))[-1].title  # Box Upscaling: nothing is masked
+    assert draw.student_panels(steps(mode="box"), (366, 183))[-1].title == "8  Box Upscaling (Eq. 7)"
+    assert draw.student_panels(steps(), (366, 183))[-1].title == "8  Crop (Eq. 7, 8)"
     raw, clean = teacher[1].view, teacher[2].view
     assert same(raw, WHITE, 0).any() and same(clean, WHITE, 0).any()      # the sink, ringed and crossed out
     y, x = 46, 183                                                        # in the middle of the region
     assert array(raw)[y, x].sum() + 100 < array(clean)[y, x].sum()        # the sink had outshone it
     outline = same(student[1].view, WHITE, 0)                             # tau's contour, cells 1 to 3 of row 1
     assert np.abs(np.subtract(extent(outline), (92, 0, 274, 91))).max() <= 3
-    assert draw.explain_picture(one).width == 1600
+    assert array(draw.explain_picture(vars(one))).tolist() == array(draw.explain_picture(one)).tolist()
+
+
+def test_the_teacher_may_have_a_grid_of_its_own():
+    seen = steps(size=(400, 200), grid=(8, 8), regions=((4, 3, 6, 4),))  # cells of 50 px of a padded square
+    one = steps(size=(400, 200), grid=(2, 4), regions=((2, 0, 3, 1),), frame=(400, 200), labels=seen.labels,
+                raw=seen.raw, clean=seen.clean, sinks=seen.sinks, teacher_letterbox=seen.teacher_letterbox)
+    labels = draw.teacher_panels(one, (400, 200))[3].view
+    assert labels.size == (400, 200) and array(labels)[75, 250].argmax() == 1 and array(labels)[125, 250].argmax() == 2
+    box = extent(same(draw.student_panels(one, (400, 200))[2].view, GREEN, 0))
+    assert np.abs(np.subtract(box, (200, 0, 300, 100))).max() <= 4
 
 
 def test_explain_counts_what_the_padding_hides():
@@ -258,7 +255,8 @@ def test_explain_any_question(case):
 
 def test_the_contact_sheet_marks_sinks_and_their_removal():
     one = steps()
-    row = dict(picture=one.picture, letterbox=one.letterbox, maps=[one.raw, one.clean], title="t", sinks=one.sinks)
+    maps = [(one.raw, one.letterbox), (one.clean, one.letterbox)]
+    row = dict(picture=one.picture, maps=maps, title="t", sinks=one.sinks)
     views = draw.row_views(row, 180, 90)
     assert not same(views[0], WHITE, 0).any()
     for view in views[1:]:
@@ -270,7 +268,7 @@ def test_the_contact_sheet_marks_sinks_and_their_removal():
 
 def test_six_rows_of_five_fit_a_page():
     picture, box = Image.new("RGB", (64, 48)), Letterbox((64, 48), (4, 4))
-    row = dict(picture=picture, letterbox=box, maps=[np.eye(4)] * 4, title="t")
+    row = dict(picture=picture, maps=[(np.eye(4), box)] * 4, title="t")
     sheet = draw.contact_sheet([row] * 6, ["picture", "raw attention", "after sink removal", "labels", "RPN map"])
     assert 950 <= sheet.width <= 1000 and sheet.height < 1300
 
@@ -291,7 +289,7 @@ def test_any_text_is_drawn_within_its_lines(text):
     assert all(c == " " or draw.has_glyph(face, c) for line in lines for c in line)  # no empty boxes
     picture, box = Image.new("RGB", (8, 8)), Letterbox((8, 8), (2, 2))
     assert draw.answer_picture(picture, box, None, [], [], text, {text[:99]: text}).height < 1200
-    draw.contact_sheet([dict(picture=picture, letterbox=box, maps=[], title=text)], [text, text])
+    draw.contact_sheet([dict(picture=picture, maps=[], title=text)], [text, text])
     plots.line_plot({text[:99]: [(0, 1, text)]}, text, text, text)
 
 
@@ -348,7 +346,7 @@ def test_save_refuses_before_anything_is_written(tmp_path):
                           ("in.png", "is the input"), ("soft.png", "is the input"), ("hard.png", "is the input"),
                           ("x/../in.png", "is the input"), ("folder.png", "is a folder")):
         with pytest.raises(BadInput, match=message):
-            draw.save(picture, tmp_path / name, protect=[source])
+            draw.save(picture, tmp_path / name, protect=source)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.png", "hard.png", "in.png", "soft.png"]
     assert source.read_bytes() == b"the input"
 
