@@ -141,7 +141,7 @@ def respond(m, rpn, args, tau, question, history):
         plain = m.generate(args.picture, question, limit, history)
     path = free_name(args)
     if args.explain:
-        drawing = explain(m, rpn, args.recipe, args.picture, question, result, plain, tau)
+        drawing = explain(m, args, question, result, plain, tau)
     else:
         answers = {"plain": plain}
         if args.mode != "plain":
@@ -211,9 +211,9 @@ def portrait(m, picture, question, result, answers):
     return draw.answer_picture(picture, letterbox, heat, result.boxes, crops, question, answers)
 
 
-def explain(m, rpn, recipe, picture, question, result, plain, tau):
+def explain(m, args, question, result, plain, tau):
     """The whole method on one question, teacher included, as one picture."""
-    own = recipe_for(recipe, None)
+    picture, own = args.picture, recipe_for(args.recipe, None)
     pixels, letterbox = teacher_view(m, own, picture)
     on = letterbox.holds_picture()
     lesson = teach(m, own, pixels[None], [m.prompt_ids(teacher_question(own, question))])
@@ -228,7 +228,7 @@ def explain(m, rpn, recipe, picture, question, result, plain, tau):
         "smoothed": smooth(p * view.holds_picture()).numpy(), "tau": tau,
         "regions": [region.box for region in result.regions], "boxes": result.boxes,
         "crops": crops_of(picture, result), "question": question, "response": lesson.responses[0],
-        "plain": plain, "two_stage": result.text}
+        "plain": plain, "two_stage": result.text, "mode": args.mode}
     return draw.explain_picture(steps)
 
 

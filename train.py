@@ -366,14 +366,16 @@ def report(args, m, rpn, recipe, questions, path):
             sample, (picture, q) = read_sample(args, m, recipe, questions, n), questions[n]
         except BadInput:  # listed in skipped.jsonl already
             continue
-        prompts = [sample.prompt(m, 0)]
+        prompts, (_, letterbox) = [sample.prompt(m, 0)], teacher_view(m, sample.recipe, picture)
         lesson = teach(m, sample.recipe, sample.pixels[None], prompts, args.max_new_tokens)
-        grid = tuple(sample.on.shape)
-        maps = [lesson.raw, lesson.clean, targets(lesson, [sample])]
-        maps = [a[0].view(grid).cpu().numpy() for a in maps]
-        maps.append(rpn(m, picture, sample.turns[0]).sigmoid().numpy())
-        title = f"{sample.turns[0]}  {lesson.responses[0]}"
-        rows.append({"image": picture, "maps": maps, "title": title})
+        maps = torch.cat([lesson.raw, lesson.clean, targets(lesson, [sample]).to(m.device)])
+        raw, clean, labels = maps.view(3, *sample.on.shape).cpu().numpy()
+        heat = rpn(m, picture, sample.turns[0]).sigmoid().numpy()
+        view = Letterbox(picture.size, heat.shape, m.frame(picture.size))
+        taught = [(a, letterbox) for a in (raw, clean, labels.astype(int))]
+        rows.append({"picture": picture, "maps": [*taught, (heat, view)],
+                     "sinks": (raw > 0) & (clean == 0),
+                     "title": f"{sample.turns[0]}  {lesson.responses[0]}"})
     columns = ["picture", "attention", "without sinks", "labels", "RPN"]
     draw.save(draw.contact_sheet(rows, columns), path)
 
