@@ -62,7 +62,7 @@ def docvqa(r, seen, stem, root):
 
 
 def infovqa(r, seen, stem, root):
-    """infographicsVQA_val_v1.0_withQT.json and infographicsvqa_images/, rrc.cvc.uab.es/?ch=17, task 3
+    """infographicsVQA_val_v1.0_withQT.json, infographicsvqa_images/, rrc.cvc.uab.es/?ch=17, task 3
 
     2,801 questions."""
     return docvqa(r, seen, stem, root)

@@ -389,7 +389,9 @@ PAPER_MODELS = {  # (model_type, decoder layers, hidden width) of config.json: t
     ("qwen2_5_vl", 36, 2048): "Qwen2.5-VL-3B",
     ("qwen2_5_vl", 28, 3584): "Qwen2.5-VL-7B",
 }
-PAPER = {  # {model: {benchmark: {figure: (plain, SD-RPN)}}}; None: the paper does not say
+# {model: {benchmark: {figure: (plain, SD-RPN)}}}; None: the paper does not say. OCRBench's points are
+# ten times the percent that it prints.
+PAPER = {
     "LLaVA-1.5-7B": {
         "docvqa": {"mean": (21.5, 33.9)}, "chartqa": {"mean": (18.1, 20.1)},
         "ocrbench": {"points": (314, 370)}, "infovqa": {"mean": (20.4, 22.0)},
@@ -507,8 +509,9 @@ def official_lines(metric, benchmark, by_name, model):
     """
     figures = [METRICS[metric].official(rows) for rows in by_name.values()]
     paper = PAPER.get(model, {}).get(benchmark, {})
+    title = f"official, {len(by_name['plain'])} questions"
     head = "".join(f"{name:>8}" for name in ("plain", "two-st.")[:len(figures)])
-    lines = [f"{'official':28}{head}" + (f"   the paper's, {model}" if paper else "")]
+    lines = [f"{title:28}{head}" + (f"   the paper's, {model}" if paper else "")]
     for name in figures[0]:
         line = f"{printable(name)[:27]:28}" + "".join(f"{f[name]:8.1f}" for f in figures)
         if name in paper:
@@ -518,18 +521,22 @@ def official_lines(metric, benchmark, by_name, model):
     return lines
 
 
+def shared(questions, key, default=None):
+    """What all questions say, or None if they differ."""
+    values = {q.get(key, default) for q in questions}
+    return values.pop() if len(values) == 1 else None
+
+
 def side_by_side(rows, questions, say=print, config=None):
-    """Say the table per kind; return the summary, scores in percent.
+    """Say the table per kind, and a benchmark's official figures; return the summary, in percent.
 
     rows: {"kind", "plain": {...}, "two_stage"?: {...}}, one for each question; config: the model's
     sizes, by which the paper's figures are found.
     """
     names = [name for name in ("plain", "two_stage") if name in rows[0]]
-    metric, benchmark = (questions[0].get(key) for key in ("metric", "benchmark"))
-    metric = metric or "exact"
+    metric = questions[0].get("metric", "exact")
     by_name = {name: [row | row[name] | {"prediction": row[name]["answer"]} for row in rows]
                for name in names}
-    whole = {name: summarise(metric, part) for name, part in by_name.items()}
     parts = {}
     for row in rows:
         parts.setdefault(row["kind"], []).append(row)
@@ -540,13 +547,16 @@ def side_by_side(rows, questions, say=print, config=None):
     say(f"{'kind':24}{'n':>6}" + "".join(f"{name:>{width}}" for name, width, _ in head))
     for kind, part in parts.items():
         cells = "".join(f"{text:>{width}}" for _, width, text in columns_of(part, len(names) > 1))
-        say(f"{printable(kind)[:24]:24}{len(part):6}{cells}".rstrip())
+        say(f"{printable(kind)[:24]:24}{len(part):6}{cells}")
     if len(names) > 1:
         say("lost: plain right, two-stage wrong; won: the reverse; "
             "recall: the crops cover half of every true box")
-    if benchmark or METRICS[metric].official is not mean_official:
+    benchmark = shared(questions, "benchmark")
+    of_one_rule = shared(questions, "metric", "exact") is not None
+    if of_one_rule and (benchmark or METRICS[metric].official is not mean_official):
         for line in official_lines(metric, benchmark, by_name, paper_model(config or {})):
             say(line)
+    whole = {name: summarise(metric, part) for name, part in by_name.items()}
     result = {name: round(100 * whole[name]["score"], 2) for name in names}
     result |= {"questions": len(rows), "metric": metric}
     if METRICS[metric].details:

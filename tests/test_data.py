@@ -38,6 +38,13 @@ def test_a_package_of_the_same_name_does_not_stand_in(tmp_path):
     assert done.stdout.strip() == str(ROOT / "data/__init__.py")
 
 
+def test_the_readme_names_every_field_metric_and_benchmark():
+    text = (ROOT / "data/README.md").read_text(encoding="utf-8")
+    names = {*questions.CHECKS, *metrics.METRICS, *benchmarks.BENCHMARKS}
+    assert not [name for name in names if f"`{name}`" not in text]
+    assert not [benchmark.hub for benchmark in benchmarks.BENCHMARKS.values() if benchmark.hub not in text]
+
+
 # ---- metrics -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, same_as", [
@@ -182,7 +189,7 @@ def test_official_scores_of_pope():
     rows = answered("pope", ["random"] * 4, ["yes", "no", "no", "maybe"], ["yes", "Yes", "no", "yes"])
     lines, summary = said_by(rows, LLAVA_7B, metric="pope", benchmark="pope")
     assert lines[0].startswith("kind n plain two-st.") and lines[1].startswith("random 4 25.0 75.0 +50.0 0 2")
-    assert lines[-5:] == ["official plain two-st. the paper's, LLaVA-1.5-7B",
+    assert lines[-5:] == ["official, 4 questions plain two-st. the paper's, LLaVA-1.5-7B",
                           "F1 50.0 85.7 85.9 -> 87.1",          # 2 * 1 / (2 * 1 + 2), and 2 * 3 / (2 * 3 + 1)
                           "accuracy 25.0 75.0 - -> 87.8", "precision 100.0 100.0", "recall 33.3 75.0"]
     assert summary == {"plain": 50.0, "two_stage": 85.71, "questions": 4, "metric": "pope", "details": {
@@ -193,7 +200,7 @@ def test_official_scores_of_pope():
 def test_official_scores_of_hr_bench():
     rows = answered("hr", ["single", "single", "cross", "cross"], ["A", "A", "B", "A"])
     lines, summary = said_by(rows, LLAVA_7B, metric="hr", benchmark="hrbench8k")
-    assert lines[-4:] == ["official plain the paper's, LLaVA-1.5-7B", "average 75.0 33.8 -> 39.1",
+    assert lines[-4:] == ["official, 4 questions plain the paper's, LLaVA-1.5-7B", "average 75.0 33.8 -> 39.1",
                           "FSP 100.0 - -> 46.5", "FCP 50.0 - -> 31.8"]
     assert summary["plain"] == 75 and summary["details"]["plain"]["FCP"] == 0.5
 
@@ -208,11 +215,15 @@ def test_official_scores_of_ocrbench_are_points():
 def test_the_papers_figures_stand_beside_their_own_model_alone():
     rows = answered("letter", ["direct_attributes", "relative_position"], ["A", "B"])
     lines, _ = said_by(rows, LLAVA_7B | {"hidden_size": 128}, metric="letter", benchmark="vstar")
-    assert lines[-4:] == ["official plain", "mean 50.0", "direct_attributes 100.0", "relative_position 0.0"]
+    assert lines[-4:] == ["official, 2 questions plain", "mean 50.0", "direct_attributes 100.0",
+                          "relative_position 0.0"]
     lines, _ = said_by(rows, {"model_type": "qwen2_5_vl", "num_hidden_layers": 28, "hidden_size": 3584},
                        metric="letter", benchmark="vstar")
-    assert lines[-4:-2] == ["official plain the paper's, Qwen2.5-VL-7B", "mean 50.0 78.0 -> 89.5"]
+    assert lines[-4:-2] == ["official, 2 questions plain the paper's, Qwen2.5-VL-7B", "mean 50.0 78.0 -> 89.5"]
     assert not any("official" in line for line in said_by(rows, LLAVA_7B)[0])   # of no benchmark
+    mixed, lines = [{"metric": "pope", "benchmark": "pope"}, {"metric": "exact"}], []
+    metrics.side_by_side(rows, mixed, lines.append, LLAVA_7B)
+    assert not any("official" in line for line in lines)
     figures = {name for model in metrics.PAPER.values() for name in model}
     assert set(metrics.PAPER) <= set(metrics.PAPER_MODELS.values()) and figures == set(benchmarks.BENCHMARKS)
 
