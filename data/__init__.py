@@ -1,0 +1,1 @@
+"""What is read, kept and drawn around the method: README.md beside this file."""

@@ -1,18 +1,17 @@
 """Turns the public files of nine benchmarks into question files for `infer.py --eval`.
 
-    python data/benchmarks.py textvqa TextVQA_0.5.1_val.json --images train_images   # -> data/textvqa_val.jsonl
-    python data/benchmarks.py chartqa test_human.json test_augmented.json            # images: png/ beside the files
-    python data/benchmarks.py hrbench4k hr_bench_4k.tsv                              # images: unpacked from the file
+    python data/benchmarks.py textvqa TextVQA_0.5.1_val.json --images train_images
+    python data/benchmarks.py chartqa test_human.json test_augmented.json   # pictures: png/ there
+    python data/benchmarks.py docvqa DocVQA/validation-*.parquet            # pictures: inside
     python infer.py --eval data/textvqa_val.jsonl --ckpt llava-1.5-7b
 
-A question file is JSON lines: first {"images": ROOT}, then one question each with its answers, its metric
-(data/metrics.py) and the token limit and tau the paper used. The prompts are those of lmms-eval to the letter,
-oddities included: answers of a 7B model change with a capital. Picture files are not opened, only looked for.
+Official files and the parquet files of the Hugging Face hub give the same questions. The prompts
+are those of lmms-eval to the letter, oddities included: answers of a 7B model change with a
+capital. Each question carries its metric (data/metrics.py) and the paper's token limit and tau.
 
-Left out: downloading (each function below says where its files come from), parquet copies, test splits whose
-answers are secret. A question without its picture is left out too, and counted.
+Left out: downloading (--help says where the files come from) and test splits whose answers are
+secret. A question without its picture is left out too, and counted.
 """
-
 import argparse
 import base64
 import csv
@@ -25,117 +24,127 @@ import shlex
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
-Image.MAX_IMAGE_PIXELS = None   # HR-Bench pictures are meant to be huge
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # as a script, only data/ is on the path
+from clip import BadInput, printable  # noqa: E402
+from data.questions import write_questions  # noqa: E402
+
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
-# A converter takes (record r, its index i, the file's path, the folder of the images). In `image` the last folders
-# are those of the original archive. The first line of each docstring is what --help and error messages quote.
+# --------------------------------------------------------------------------------------- converters
+# A converter turns a record r into a question, all but its image. `seen` counts the questions of
+# each kind so far; `stem` is the file's name; `root` the folder of the pictures. Fields are named
+# as in the official file. The first line of each docstring is what --help and messages quote.
 
-def textvqa(r, i, file, root):
-    """TextVQA_0.5.1_val.json and train_val_images.zip (holds train_images/) from textvqa.org/dataset
+def textvqa(r, seen, stem, root):
+    """TextVQA_0.5.1_val.json and train_val_images.zip (holds train_images/), textvqa.org/dataset
 
     5,000 questions, 10 answers each. No OCR tokens are given to the model."""
-    # capitalize() also lower-cases all but the first letter ("the nasa sign"): the harness asks it like that
-    return dict(id=str(r["question_id"]), image=f"train_images/{r['image_id']}.jpg",
-                question=r["question"].capitalize() + SHORT, answers=texts(r["answers"]))
+    # quirk: capitalize() lower-cases the rest ("the nasa sign"), and the harness asks it like that
+    return dict(id=str(r["question_id"]), question=r["question"].capitalize() + SHORT,
+                answers=texts(r["answers"]))
 
 
-def docvqa(r, i, file, root):
-    """val_v1.0_withQT.json and documents/ from rrc.cvc.uab.es, challenge 17, task 1 (needs an account)
+def docvqa(r, seen, stem, root):
+    """val_v1.0_withQT.json and documents/, rrc.cvc.uab.es/?ch=17, task 1 (needs an account)
 
     5,349 questions. The test split has no answers; its scores come from that server only."""
-    return dict(id=str(r["questionId"]), image=r["image"], question=r["question"] + SHORT, answers=texts(r["answers"]))
+    return dict(id=str(r["questionId"]), question=r["question"] + SHORT,
+                answers=texts(r["answers"]))
 
 
-def infovqa(r, i, file, root):
-    """infographicsVQA_val_v1.0_withQT.json and infographicsvqa_images/ from rrc.cvc.uab.es, challenge 17, task 3
+def infovqa(r, seen, stem, root):
+    """infographicsVQA_val_v1.0_withQT.json, infographicsvqa_images/, rrc.cvc.uab.es/?ch=17, task 3
 
     2,801 questions."""
-    return dict(id=str(r["questionId"]), image=f"infographicsvqa_images/{r['image_local_name']}",
-                question=r["question"] + SHORT, answers=texts(r["answers"]))
+    return docvqa(r, seen, stem, root)
 
 
-def chartqa(r, i, file, root):
-    """test_human.json, test_augmented.json and png/ from github.com/vis-nlp/ChartQA, "ChartQA Dataset/test"
+def chartqa(r, seen, stem, root):
+    """test_human.json, test_augmented.json and png/, github.com/vis-nlp/ChartQA, in its test/
 
     1,250 questions in each file; the published number is over both."""
-    kind = kind_of(file, "human", "augmented")
-    return dict(id=f"{kind}-{i}", kind=kind, image=f"png/{r['imgname']}",
-                question=r["query"] + "\nAnswer the question with a single word.", answers=texts(r["label"]))
+    kind = kind_of(r.get("type") or stem, "human", "augmented")
+    return dict(id=f"{kind}-{seen[kind]}", kind=kind, answers=texts(r["label"]),
+                question=r["query"] + "\nAnswer the question with a single word.")
 
 
-def ocrbench(r, i, file, root):
-    """OCRBench/json_files/OCRBench.json and OCRBench_Images/ as linked from github.com/Yuliang-Liu/MultimodalOCR
+def ocrbench(r, seen, stem, root):
+    """OCRBench.json and OCRBench_Images/, as linked from github.com/Yuliang-Liu/MultimodalOCR
 
-    1,000 questions of 10 kinds. The harness reads JPEG copies of these images, so single answers can differ."""
-    return dict(id=str(i), kind=r["type"], dataset=r["dataset_name"], image=f"OCRBench_Images/{r['image_path']}",
+    1,000 questions of 10 kinds. The harness, like the parquet file, has JPEG copies of the official
+    pictures, so single answers can differ."""
+    return dict(id=str(sum(seen.values())), kind=r["type"], dataset=r["dataset_name"],
                 question=r["question"].strip(), answers=texts(r["answers"]))
 
 
-def vstar(r, i, file, root):
-    """test_questions.jsonl, direct_attributes/ and relative_position/ from huggingface.co/datasets/craigwu/vstar_bench
+def vstar(r, seen, stem, root):
+    """test_questions.jsonl and the folders beside it, huggingface.co/datasets/craigwu/vstar_bench
 
-    191 questions (115 attributes, 76 positions). True boxes come from the sa_xxxx.json beside each image."""
+    191 questions (115 attributes, 76 positions). True boxes come from the sa_xxxx.json beside each
+    picture; the parquet files have none."""
     head, *options = re.split(r"\(([A-D])\)", r["text"])
-    question = "\n".join([head.strip()] + [f"{a}. {b.strip()}" for a, b in zip(options[::2], options[1::2])])
-    # the file's text ends in the instruction already; the harness appends it again, so the model reads it twice
-    found = dict(id=str(r["question_id"]), kind=r["category"], image=r["image"],
-                 question=question + LETTER, answers=texts(r["label"]))
-    notes = (root / r["image"]).with_suffix(".json")
-    if notes.is_file():
+    lines = [head.strip()]
+    for letter, text in zip(options[::2], options[1::2]):
+        lines.append(f"{letter}. {text.strip()}")
+    # quirk: the text ends in the instruction already, and the harness appends it once more
+    found = dict(id=str(r["question_id"]), kind=r["category"], question="\n".join(lines) + LETTER,
+                 answers=texts(r["label"]))
+    notes = (root / r["image"]).with_suffix(".json") if isinstance(r["image"], str) else None
+    if notes and notes.is_file():
         boxes = json.loads(notes.read_text(encoding="utf-8-sig"))["bbox"]
         found["boxes"] = [[x, y, x + w, y + h] for x, y, w, h in boxes]
     return found
 
 
-def pope(r, i, file, root):
-    """coco_pope_{random,popular,adversarial}.json from github.com/RUCAIBox/POPE, output/coco, and COCO's val2014/
+def pope(r, seen, stem, root):
+    """coco_pope_{random,popular,adversarial}.json, github.com/RUCAIBox/POPE, and COCO's val2014/
 
-    3,000 questions in each of the three files (older copies: 2,910 random ones); the published F1 is over all."""
-    kind = kind_of(file, "random", "popular", "adversarial")
-    return dict(id=f"{kind}-{r['question_id']}", kind=kind, image=f"val2014/{r['image']}",
-                question=r["text"].strip() + SHORT, answers=texts(r["label"]))
+    3,000 questions in each of the three (older copies: 2,910 random ones); the published F1 is over
+    all of them."""
+    kind = kind_of(r.get("category") or stem, "random", "popular", "adversarial")
+    return dict(id=f"{kind}-{r['question_id']}", kind=kind, question=r["text"].strip() + SHORT,
+                answers=texts(r["label"]))
 
 
-def hrbench(r, i, file, root):
-    """hr_bench_4k.tsv or hr_bench_8k.tsv from huggingface.co/datasets/DreamMr/HR-Bench
+def hrbench(r, seen, stem, root):
+    """hr_bench_4k.tsv or hr_bench_8k.tsv of huggingface.co/datasets/DreamMr/HR-Bench
 
-    800 rows each: 200 questions, the options in 4 orders. The pictures are in the file; each is written once."""
-    options = {letter: r[letter] for letter in "ABCDEFGH" if r.get(letter)}
-    try:
-        picture = base64.b64decode(r["image"])
-        kind = Image.open(io.BytesIO(picture)).format.lower()   # reads the header only
-    except (OSError, ValueError):
-        raise ValueError("its image is not a picture, or cut short") from None
-    name = f"{hashlib.sha256(picture).hexdigest()[:16]}.{kind}"
-    if not (root / name).exists():
-        (root / name).write_bytes(picture)
-    return dict(id=str(r["index"]), kind=r["category"], cycle=r["cycle_category"], image=name,
-                question="\n".join([r["question"].strip(), *(f"{a}. {b}" for a, b in options.items()),
-                                    "Answer the option letter directly."]), answers=texts(r["answer"]), options=options)
+    800 rows each: 200 questions, the options in 4 orders."""
+    options = {letter: str(r[letter]) for letter in "ABCDEFGH" if r.get(letter)}
+    lines = [r["question"].strip(), *(f"{letter}. {text}" for letter, text in options.items()),
+             "Answer the option letter directly."]
+    return dict(id=str(r["index"]), kind=r["category"], cycle=r["cycle_category"],
+                question="\n".join(lines), answers=texts(r["answer"]), options=options)
 
 
 def texts(value):
     """Answers as a list of strings: the files hold strings, numbers and lists."""
     value = value if isinstance(value, list) else [value]
     if not value or None in value:
-        raise ValueError("it has no answer")
+        raise ValueError("it has no answer (a test split?)")
     return [str(answer) for answer in value]
 
 
-def kind_of(file, *kinds):
-    return next((kind for kind in kinds if kind in file.stem.lower()), file.stem)
+def kind_of(name, *kinds):
+    """The kind that a name holds: of a file, or of the column that the hub's files have instead."""
+    return next((kind for kind in kinds if kind in name.lower()), name)
 
+
+# ------------------------------------------------------------------------------------------ readers
 
 def json_file(file):
-    data = json.loads(file.read_text(encoding="utf-8-sig"))   # -sig: some editors put a byte-order mark in front
-    data = data.get("data") if isinstance(data, dict) else data
+    data = json.loads(file.read_text(encoding="utf-8-sig"))  # -sig: drops a byte-order mark
+    if isinstance(data, dict):
+        data = data.get("data")
     if not isinstance(data, list):
         raise ValueError("holds no list of questions")
     return data
@@ -152,119 +161,283 @@ def json_lines(file):
 
 
 def tsv(file):
-    csv.field_size_limit(2 ** 31 - 1)   # an 8K picture is one field of about 6 million letters
+    csv.field_size_limit(2 ** 31 - 1)  # an 8K picture is one field of about 6 million letters
     with open(file, encoding="utf-8-sig", newline="") as lines:
         yield from csv.DictReader(lines, delimiter="\t")
 
 
-# name: (converter, reader, number of questions, file written, what every question of it shares)
+def parquet(file):
+    """The rows of a parquet file as dicts. In memory is one row group at a time, 2 to 3 times."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise BadInput(f"{file}: reading parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        with ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
+            for group in range(table.num_row_groups):
+                for batch in table.iter_batches(16, row_groups=[group], use_threads=False):
+                    yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"not a parquet file, or cut short ({str(error)[:80]})") from None
+
+
+# --------------------------------------------------------------------------------------- benchmarks
+
+@dataclass(frozen=True)
+class Benchmark:
+    convert: Callable        # record -> question
+    picture: Callable | None  # record -> its picture in the official archive; None: in the file
+    read: Callable           # official file -> records
+    count: int               # questions of the whole benchmark
+    out: str                 # name of the question file
+    shared: dict             # what every question says
+    hub: str                 # data set on the hub whose parquet files hold the same
+    split: str               # what the names of those files hold ...
+    other: str = "\0"        # ... and what they do not
+    columns: dict = field(default_factory=dict)  # of the parquet file: their names in the official
+
+
 BENCHMARKS = {
-    "textvqa": (textvqa, json_file, 5000, "textvqa_val", dict(metric="vqa", max_new_tokens=1024, tau=0.15)),
-    "docvqa": (docvqa, json_file, 5349, "docvqa_val", dict(metric="anls", max_new_tokens=32, tau=0.10)),
-    "infovqa": (infovqa, json_file, 2801, "infovqa_val", dict(metric="anls", max_new_tokens=32, tau=0.15)),
-    "chartqa": (chartqa, json_file, 2500, "chartqa_test", dict(metric="relaxed", max_new_tokens=16, tau=0.15)),
-    "ocrbench": (ocrbench, json_file, 1000, "ocrbench", dict(metric="ocrbench", max_new_tokens=128, tau=0.05)),
-    "vstar": (vstar, json_lines, 191, "vstar", dict(metric="letter", max_new_tokens=16, tau=0.10)),
-    "pope": (pope, json_lines, 9000, "pope", dict(metric="pope", max_new_tokens=128, tau=0.15)),
-    "hrbench4k": (hrbench, tsv, 800, "hrbench4k", dict(metric="hr", max_new_tokens=1024, tau=0.10)),
-    "hrbench8k": (hrbench, tsv, 800, "hrbench8k", dict(metric="hr", max_new_tokens=1024, tau=0.10)),
+    "textvqa": Benchmark(
+        textvqa, lambda r: f"train_images/{r['image_id']}.jpg", json_file, 5000, "textvqa_val",
+        dict(metric="vqa", max_new_tokens=1024, tau=0.15), "lmms-lab/textvqa", "validation"),
+    "docvqa": Benchmark(
+        docvqa, lambda r: r["image"], json_file, 5349, "docvqa_val",
+        dict(metric="anls", max_new_tokens=32, tau=0.10), "lmms-lab/DocVQA", "validation",
+        other="InfographicVQA/"),
+    "infovqa": Benchmark(
+        infovqa, lambda r: f"infographicsvqa_images/{r['image_local_name']}", json_file, 2801,
+        "infovqa_val", dict(metric="anls", max_new_tokens=32, tau=0.15), "lmms-lab/DocVQA",
+        "validation", other="DocVQA/"),
+    "chartqa": Benchmark(
+        chartqa, lambda r: f"png/{r['imgname']}", json_file, 2500, "chartqa_test",
+        dict(metric="relaxed", max_new_tokens=16, tau=0.15), "lmms-lab/ChartQA", "test",
+        columns={"question": "query", "answer": "label"}),
+    "ocrbench": Benchmark(
+        ocrbench, lambda r: f"OCRBench_Images/{r['image_path']}", json_file, 1000, "ocrbench",
+        dict(metric="ocrbench", max_new_tokens=128, tau=0.05), "echo840/OCRBench", "test",
+        columns={"dataset": "dataset_name", "question_type": "type", "answer": "answers"}),
+    "vstar": Benchmark(
+        vstar, lambda r: r["image"], json_lines, 191, "vstar",
+        dict(metric="letter", max_new_tokens=16, tau=0.10), "lmms-lab/vstar-bench", "test"),
+    "pope": Benchmark(
+        pope, lambda r: f"val2014/{r['image']}", json_lines, 9000, "pope",
+        dict(metric="pope", max_new_tokens=128, tau=0.15), "lmms-lab/POPE", "test",
+        other="Full/", columns={"question": "text", "answer": "label"}),
+    "hrbench4k": Benchmark(
+        hrbench, None, tsv, 800, "hrbench4k",
+        dict(metric="hr", max_new_tokens=1024, tau=0.10), "DreamMr/HR-Bench", "4k"),
+    "hrbench8k": Benchmark(
+        hrbench, None, tsv, 800, "hrbench8k",
+        dict(metric="hr", max_new_tokens=1024, tau=0.10), "DreamMr/HR-Bench", "8k"),
 }
 
 
+def sources(name):
+    """Where a benchmark's files come from: the official ones, and those of the hub."""
+    benchmark = BENCHMARKS[name]
+    return (benchmark.convert.__doc__.splitlines()[0],
+            f"*{benchmark.split}*.parquet, huggingface.co/datasets/{benchmark.hub}")
+
+
+def needs(name):
+    return f"{name} is made from " + "; or from ".join(sources(name))
+
+
+def is_parquet(file):
+    return file.suffix == ".parquet"
+
+
+# -------------------------------------------------------------------------- from files to questions
+
+def files_of(name, paths):
+    """The files among paths; a folder stands for the parquet files of this benchmark's split."""
+    benchmark, files = BENCHMARKS[name], []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = []
+        for file in sorted(path.rglob("*.parquet")):
+            inside = file.relative_to(path).as_posix()
+            if benchmark.split in inside and benchmark.other not in inside:
+                found.append(file)
+        if not found:
+            raise BadInput(f"{path}: holds no *{benchmark.split}*.parquet; {needs(name)}")
+        files += found
+    for file in files:
+        if not file.is_file():
+            raise BadInput(f"{file}: no such file; {needs(name)}")
+    if len({is_parquet(file) for file in files}) > 1:
+        raise BadInput(f"{files[0]}: give parquet files or official ones, not both")
+    return files
+
+
+def records(name, file):
+    """The records of a file, their fields named as in the official one."""
+    benchmark = BENCHMARKS[name]
+    if not is_parquet(file):
+        yield from benchmark.read(file)
+        return
+    for row in parquet(file):
+        yield {benchmark.columns.get(column, column): value for column, value in row.items()}
+
+
 def locate(root, image):
-    """`image` below root. --images may name the folder that holds the archive's folder, or that folder itself."""
+    """`image` below root, or None. `image` starts with the folder that the official archive holds;
+    root may be where that folder is, or the folder itself."""
     for path in (image, image.partition("/")[2]):
         if path and (root / path).is_file():
             return path
 
 
-def questions(name, files, root):
-    """Yield (question, path of its picture below root or None) from the original files of a benchmark."""
-    convert, read, _, _, shared = BENCHMARKS[name]
+def unpack(picture, root):
+    """Write a picture that came in a file below root, once -> its name.
+
+    The hub's files hold {"bytes": ..., "path": ...}, HR-Bench base64 text.
+    """
+    if isinstance(picture, dict):
+        picture = picture.get("bytes")
+    try:
+        if isinstance(picture, str):
+            picture = base64.b64decode(picture)
+        with Image.open(io.BytesIO(picture)) as opened:  # reads the header only
+            suffix = opened.format.lower()
+    except (OSError, TypeError, ValueError, Image.DecompressionBombError):
+        raise ValueError("its image is not a picture, or cut short") from None
+    path = root / f"{hashlib.sha256(picture).hexdigest()[:16]}.{suffix}"
+    if not path.exists():
+        path.write_bytes(picture)
+    return path.name
+
+
+def convert(name, files, root, unpacks):
+    """Yield (question, its picture below root or None, where the picture was looked for)."""
+    benchmark, seen = BENCHMARKS[name], Counter()
     for file in files:
-        i = 0
+        number = 0
         try:
-            for i, record in enumerate(read(file)):
-                question = convert(record, i, file, root) | shared
-                yield question, locate(root, question["image"])
-        except (KeyError, TypeError, AttributeError, ValueError, RecursionError, csv.Error) as error:   # ValueError: not even text, too
-            problem = f"no field {error}" if isinstance(error, KeyError) else error
-            fail(f"{file}: near question {i + 1}: {problem}; {needs(name)}")
+            for number, record in enumerate(records(name, file)):
+                question = benchmark.convert(record, seen, file.stem, root)
+                question |= {"benchmark": name} | benchmark.shared
+                seen[question.get("kind")] += 1
+                if unpacks:
+                    image = wanted = unpack(record["image"], root)
+                else:
+                    wanted = benchmark.picture(record)
+                    image = locate(root, wanted)
+                yield question | {"image": image}, image, wanted
+        except KeyError as error:
+            renamed = {new: old for old, new in benchmark.columns.items()} if unpacks else {}
+            lacking = renamed.get(error.args[0], error.args[0])
+            raise BadInput(f"{file}: near question {number + 1}: no field {lacking!r}; "
+                           f"{needs(name)}") from None
+        except (TypeError, AttributeError, ValueError, RecursionError, csv.Error) as error:
+            raise BadInput(f"{file}: near question {number + 1}: {error}; {needs(name)}") from None
 
 
-def needs(name):
-    return f"{name} is made from {BENCHMARKS[name][0].__doc__.splitlines()[0]}"
+def make(name, files, root, out, unpacks):
+    """Write the question file and, if they come inside, the pictures -> (kinds counted, missing).
+
+    All is made in a folder of its own and moved when complete: a failure leaves nothing behind.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=out.parent) as work:
+        made = Path(work)
+        (made / "pictures").mkdir()
+        found, missing = [], []
+        for question, image, wanted in convert(
+                name, files, made / "pictures" if unpacks else root, unpacks):
+            if image:
+                found.append(question)
+            else:
+                missing.append(wanted)
+        if missing and not found:
+            raise BadInput(f"{root}: none of the {len(missing)} pictures is here, the first is "
+                           f"{missing[0]}; name their folder with --images")
+        if not found:
+            raise BadInput(f"{files[0]}: holds no question; {needs(name)}")
+        write_questions(made / "questions", root, found)
+        for picture in (made / "pictures").iterdir():
+            root.mkdir(exist_ok=True)
+            os.replace(picture, root / picture.name)
+        os.replace(made / "questions", out)
+    return Counter(str(question.get("kind")) for question in found), missing
 
 
-def fail(message):
-    print("benchmarks.py:", " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(2)
+# ------------------------------------------------------------------------------------------ command
+
+def report(name, kinds, missing, root, out):
+    count, expected = sum(kinds.values()), BENCHMARKS[name].count
+    print(f"{name}: {count} questions, pictures in {printable(root)}")
+    if len(kinds) > 1:
+        for kind, number in kinds.items():
+            print(f"  {number:5} {printable(kind)}")
+    if missing:
+        first = printable(", ".join(missing[:3])) + (" ..." if len(missing) > 3 else "")
+        print(f"warning: {len(missing)} questions left out, their picture is not in "
+              f"{printable(root)}: {first}", file=sys.stderr)
+    if count != expected:
+        print(f"warning: {count} questions, the benchmark has {expected}: the score will not be "
+              f"comparable; {needs(name)}", file=sys.stderr)
+    infer, out = (os.path.relpath(path) for path in (ROOT / "infer.py", out))
+    print(f"wrote {printable(out)}")
+    print(f"next: python {shlex.quote(infer)} --eval {shlex.quote(printable(out))} "
+          "--ckpt llava-1.5-7b")
+
+
+def run(args):
+    files = files_of(args.name, args.files)
+    out = args.out or ROOT / "data" / f"{BENCHMARKS[args.name].out}.jsonl"
+    out = out.resolve()
+    if out in [file.resolve() for file in files]:
+        raise BadInput(f"{out}: would be overwritten by its own result; give --out another name")
+    unpacks = is_parquet(files[0]) or BENCHMARKS[args.name].picture is None
+    if unpacks and args.images:
+        raise BadInput(f"--images {args.images}: the pictures are inside {files[0].name}; "
+                       "leave --images out")
+    if unpacks:
+        root = out.parent / f"{out.stem}_images"
+    else:
+        root = (args.images or files[0].parent).resolve()
+        if not root.is_dir():
+            raise BadInput(f"--images {root}: no such folder; {needs(args.name)}")
+    kinds, missing = make(args.name, files, root, out, unpacks)
+    report(args.name, kinds, missing, root, out)
+
+
+def parser():
+    where = ["{:10} {}\n{:10} {}".format(name, sources(name)[0], "", sources(name)[1])
+             for name in BENCHMARKS]
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(where))
+    p.add_argument("name", choices=BENCHMARKS, metavar="BENCHMARK",
+                   help="one of: " + " ".join(BENCHMARKS))
+    p.add_argument("files", nargs="+", type=Path, metavar="FILE",
+                   help="its official file, or several; or parquet files, or a folder of them")
+    p.add_argument("--images", type=Path, metavar="DIR",
+                   help="the pictures of an official file; default: where the first FILE is")
+    p.add_argument("--out", type=Path, metavar="FILE", help="default: a file beside this script")
+    p.error = lambda message: fail(f"{message}; see --help")  # one line instead of the usage text
+    return p
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(f"{name:10} {row[0].__doc__.splitlines()[0]}" for name, row in BENCHMARKS.items()))
-    parser.add_argument("name", choices=BENCHMARKS, metavar="BENCHMARK", help="one of: " + " ".join(BENCHMARKS))
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="its original file, or several: see below")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="its pictures; default: where the first FILE is")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: a file beside this script")
-    parser.error = lambda message: fail(f"{message}; see --help")   # one line instead of the usage text
-    args = parser.parse_args(argv)
-
-    _, read, expected, stem, _ = BENCHMARKS[args.name]
-    for file in args.files:
-        if not file.is_file():
-            fail(f"{file}: no such file; {needs(args.name)}")
-    out = (args.out or Path(__file__).parent / f"{stem}.jsonl").resolve()
-    if out in [file.resolve() for file in args.files]:
-        fail(f"{out}: would be overwritten by its own result; give --out another name")
-    unpacks = read is tsv
-    if unpacks and args.images:
-        fail(f"--images {args.images}: the pictures are inside the TSV; leave --images out")
-    root = out.parent / f"{out.stem}_images" if unpacks else (args.images or args.files[0].parent).resolve()
-    if not unpacks and not root.is_dir():
-        fail(f"--images {root}: no such folder; {needs(args.name)}")
-
-    kinds, missing = Counter(), []
+    args = parser().parse_args(argv)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # everything is made in a folder of its own and moved when complete: a failed run leaves nothing behind
-        with tempfile.TemporaryDirectory(prefix=".", dir=out.parent) as work:
-            pictures = Path(work) / "pictures"
-            pictures.mkdir()
-            with open(Path(work) / "questions", "w", encoding="ascii", newline="\n") as lines:
-                lines.write(json.dumps({"images": str(root)}) + "\n")
-                for question, image in questions(args.name, args.files, pictures if unpacks else root):
-                    if image:
-                        lines.write(json.dumps(question | {"image": image}) + "\n")
-                        kinds[str(question.get("kind"))] += 1
-                    else:
-                        missing.append(question["image"])
-            if not kinds:
-                fail(f"{root}: none of the {len(missing)} pictures is here, the first is {missing[0]}; name their "
-                     "folder with --images" if missing else f"{args.files[0]}: holds no question; {needs(args.name)}")
-            if unpacks:
-                root.mkdir(exist_ok=True)
-                for picture in pictures.iterdir():
-                    os.replace(picture, root / picture.name)
-            os.replace(Path(work) / "questions", out)
+        run(args)
+    except BadInput as error:
+        fail(error)
     except OSError as error:
-        path = error.filename2 or error.filename or out   # of a failed move, filename2 is where to
+        path = error.filename2 or error.filename or args.out  # of a failed move, filename2 is where
         fail(f"{path}: {error.strerror or error}; check the path, the rights and the free space")
 
-    count = sum(kinds.values())
-    print(f"{args.name}: {count} questions, pictures in {root}")
-    for kind, number in kinds.items() if len(kinds) > 1 else ():
-        print(f"  {number:5} {kind}")
-    if missing:
-        print(f"warning: {len(missing)} questions left out, their picture is not in {root}: "
-              f"{', '.join(missing[:3])}{' ...' * (len(missing) > 3)}", file=sys.stderr)
-    if count != expected:
-        print(f"warning: {count} questions, the benchmark has {expected}: the score will not be comparable; "
-              + needs(args.name), file=sys.stderr)
-    infer, out = (os.path.relpath(path) for path in (Path(__file__).resolve().parent.parent / "infer.py", out))
-    print(f"wrote {out}\nnext: python {shlex.quote(infer)} --eval {shlex.quote(out)} --ckpt llava-1.5-7b")
+
+def fail(message):
+    print("benchmarks.py:", printable(" ".join(str(message).split())), file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

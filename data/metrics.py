@@ -2,41 +2,51 @@
 
     from data import metrics
     metrics.score({"metric": "relaxed", "answers": ["10"]}, "10.4")      # -> 1.0
-    python -m doctest data/metrics.py                                    # every example below; silence is good
+    python -m doctest data/metrics.py                 # every example below; silence is good
 
-Every function compares strings; a score lies in [0, 1], a letter function gives a letter or None.
+Functions compare strings; a score lies in [0, 1], a letter function gives a letter or None. A new
+metric is such a function and its line in METRICS, which all else here and data/questions.py read.
 The harness has oddities ("Cotton" counts as option C). They move the published numbers, so they are
 kept, each marked `quirk` beside its line. Left out: asking GPT which option a reply means (HR-Bench
 does; here such a reply is wrong) and the official scripts where they differ from lmms-eval.
 """
-
 import re
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-# The normaliser of TextVQA restores missing apostrophes: dont -> don't. First, words with one apostrophe ...
-CONTRACTIONS = {word.replace("'", ""): word for word in """ain't aren't can't could've couldn't didn't doesn't don't
-    hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't
-    not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd
-    something'll that's there'd there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll
-    what're what's what've when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've
-    wouldn't y'all you'd you'll you're you've""".split()}
-for word in """couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
-        something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll y'all'd've you'd've
-        'ow's'at""".split():
-    for i, letter in enumerate(word):   # ... then those with several, of which exactly one may be missing
+from clip import printable
+
+# The normaliser of TextVQA restores missing apostrophes: dont -> don't.
+ONE_APOSTROPHE = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't
+    he'd he's how'd how'll how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't
+    not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's someone'd someone'll
+    someone's something'd something'll that's there'd there're there's they'd they'll they're
+    they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's
+    where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd
+    you'll you're you've"""
+MORE_APOSTROPHES = """couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've
+    somebody'd've someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've
+    y'all'll y'all'd've you'd've 'ow's'at"""
+CONTRACTIONS = {word.replace("'", ""): word for word in ONE_APOSTROPHE.split()}
+for word in MORE_APOSTROPHES.split():  # of these exactly one apostrophe may be missing
+    for at, letter in enumerate(word):
         if letter == "'":
-            CONTRACTIONS[word[:i] + word[i + 1:]] = word
-CONTRACTIONS["somebody'd"] = "somebodyd"   # quirk: the table has this pair the wrong way round
-NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
-NUMBERS["none"] = "0"
+            CONTRACTIONS[word[:at] + word[at + 1:]] = word
+CONTRACTIONS["somebody'd"] = "somebodyd"  # quirk: the table has this pair the wrong way round
+
+NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4",
+           "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 
 # HR-Bench: a reply holding one of these is a refusal.
 REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
             "I'm sorry, but without the image provided", "Cannot determine the answer")
 
+
+# ----------------------------------------------------------------------------- one reply, one score
 
 def exact(prediction, answers):
     """1 if the reply is one of the answers, but for case and outer spaces. The default metric.
@@ -48,30 +58,35 @@ def exact(prediction, answers):
 
 
 def normalise(text):
-    """TextVQA's idea of the same answer: case, articles, number words and most punctuation do not count.
+    """TextVQA's idea of the same answer: case, articles, most punctuation, number words go.
 
-    >>> [normalise(t) for t in ("The Coca-Cola", "12,345", "U.S.A.", "3.5", "none", "dont", "Jack Daniel's")]
-    ['coca cola', '12345', 'usa', '3.5', '0', "don't", "jack daniel 's"]
+    >>> [normalise(t) for t in ("The Coca-Cola", "12,345", "U.S.A.", "3.5", "none", "dont")]
+    ['coca cola', '12345', 'usa', '3.5', '0', "don't"]
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    before = text = text.replace("\n", " ").replace("\t", " ").strip()
-    for mark in PUNCTUATION:   # at a word's edge it goes; inside words it parts them: 7-up -> 7 up
-        text = text.replace(mark, "" if mark + " " in before or " " + mark in before else " ")
-    text = re.sub(r"\.(?!\d)", "", text, count=32)   # quirks: a look-behind meant to keep "3." fails; 32 was a flag
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    before = text
+    for mark in PUNCTUATION:  # at a word's edge it goes; inside words it parts them: 7-up -> 7 up
+        at_an_edge = mark + " " in before or " " + mark in before
+        text = text.replace(mark, "" if at_an_edge else " ")
+    # quirks: the look-behind that was to keep "3." does not, and 32 was meant as a flag
+    text = re.sub(r"\.(?!\d)", "", text, count=32)
     words = [NUMBERS.get(word, word) for word in text.split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+    words = [word for word in words if word not in ("a", "an", "the")]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words)
 
 
 def vqa_accuracy(prediction, answers):
-    """Full marks if 3 of 9 people gave this answer, averaged over the 10 ways to leave one of 10 people out.
+    """Full marks if 3 of 9 people gave this answer; the mean over leaving each of the 10 out.
 
     Meant for about 10 answers: with 3 or fewer no reply can reach 1 (use `exact` for those).
     >>> round(vqa_accuracy("The NASA!", ["nasa"] * 3 + ["esa"] * 7), 6)    # (3 * 2/3 + 7 * 1) / 10
     0.9
     """
-    prediction, answers = normalise(prediction), [normalise(answer) for answer in answers]
+    prediction = normalise(prediction)
+    answers = [normalise(answer) for answer in answers]
     hits = answers.count(prediction)
-    return sum(min(1, (hits - (answer == prediction)) / 3) for answer in answers) / max(1, len(answers))
+    return mean(min(1, (hits - (answer == prediction)) / 3) for answer in answers)
 
 
 def levenshtein(a, b):
@@ -80,24 +95,27 @@ def levenshtein(a, b):
     >>> levenshtein("kitten", "sitting")
     3
     """
-    row = list(range(len(b) + 1))   # distances from a[:i] to every prefix of b
+    before = list(range(len(b) + 1))  # distances from a[:i] to every prefix of b, here i = 0
     for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
+        after = [i]
         for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
+            replaced = before[j - 1] + (x != y)
+            after.append(min(before[j] + 1, after[-1] + 1, replaced))
+        before = after
+    return before[-1]
 
 
 def anls(prediction, answers):
-    """1 - edit distance / length, for the nearest answer; below 0.5 it counts as 0 (DocVQA, InfoVQA).
+    """1 - edit distance / length, for the nearest answer; below 0.5 it is 0 (DocVQA, InfoVQA).
 
     >>> anls("Helo", ["Hello"]), anls("ab", ["abcd"]), anls("a", ["abcd"])    # 0.5 itself is kept
     (0.8, 0.5, 0.0)
     """
-    prediction, nearest = prediction.strip(), 1.0
+    nearest = 1.0
     for answer in answers:
-        distance = levenshtein(*(" ".join(text.lower().split()) for text in (answer, prediction)))
-        length = max(len(answer), len(prediction))   # quirk: of the raw texts, spaces and all
+        want, got = (" ".join(text.lower().split()) for text in (answer, prediction))
+        distance = levenshtein(want, got)
+        length = max(len(answer), len(prediction))  # quirk: of the raw texts, spaces and all
         nearest = min(nearest, distance / length if length else 0.0)
     return 1 - nearest if 1 - nearest >= 0.5 else 0.0
 
@@ -112,28 +130,40 @@ def to_float(text):
 def relaxed_accuracy(prediction, answer):
     """Numbers may be 5 % off; other answers must be equal but for case (ChartQA).
 
-    >>> [relaxed_accuracy(*pair) for pair in (("10.4", "10"), ("10.6", "10"), ("10%", "0.1"), ("YES", "Yes"))]
-    [1.0, 0.0, 1.0, 1.0]
-    >>> relaxed_accuracy("1,000", "1000"), relaxed_accuracy("Yes.", "Yes"), relaxed_accuracy("2014", "2000")
-    (0.0, 0.0, 1.0)
+    >>> relaxed_accuracy("10.4", "10"), relaxed_accuracy("10.6", "10")
+    (1.0, 0.0)
+    >>> relaxed_accuracy("10%", "0.1"), relaxed_accuracy("YES", "Yes")
+    (1.0, 1.0)
     """
     got, want = to_float(prediction), to_float(answer)
-    if got is not None and want:   # quirk: a 0 that is wanted falls through, so "0.0" is wrong
+    if got is not None and want:  # quirk: a 0 that is wanted falls through, so "0.0" is wrong
         return float(abs(got - want) / abs(want) <= 0.05)
-    return float(prediction.lower() == answer.lower())   # quirk: no stripping
+    return float(prediction.lower() == answer.lower())  # quirk: no stripping
 
 
 def ocrbench(prediction, answers, dataset):
     """1 if an answer occurs in the reply. Formulas (HME100k) are compared without any spaces.
 
-    >>> ocrbench("It says 'Centre'.", ["CENTRE"], "IIIT5K"), ocrbench("x ^ 2", ["x^{2}", "x^2"], "HME100k")
+    >>> ocrbench("It says 'Centre'.", ["CENTRE"], "IIIT5K"), ocrbench("x ^ 2", ["x^2"], "HME100k")
     (1.0, 1.0)
     """
     prediction = prediction.lower().strip().replace("\n", " ")
-    if dataset == "HME100k":   # quirk: only the reply is lower-cased, so an answer with a capital never matches
+    if dataset == "HME100k":
         prediction = prediction.replace(" ", "")
-        return float(any(re.sub("[\n ]", "", answer.strip()) in prediction for answer in answers))
-    return float(any(answer.lower().strip().replace("\n", " ") in prediction for answer in answers))
+       # quirk: only the reply is lower-cased, so an answer with a capital never matches
+        answers = [re.sub("[\n ]", "", answer.strip()) for answer in answers]
+    else:
+        answers = [answer.lower().strip().replace("\n", " ") for answer in answers]
+    return float(any(answer in prediction for answer in answers))
+
+
+LETTER_PATTERNS = (
+    r"^([A-D])",  # quirk: any word will do, so Cotton -> C, Blue -> B, "Answer: D" -> A
+    r"(?:ANSWER|CHOICE|OPTION)(?:\s+IS)?[\s:]+([A-D])",
+    r"\(([A-D])\)",
+    r"([A-D])\s*[.)\]]",
+    r"(?:^|\s)([A-D])(?:\s|$)",
+)
 
 
 def choice_letter(prediction):
@@ -143,18 +173,19 @@ def choice_letter(prediction):
     ['B', 'D', 'C', None, None]
     """
     text = prediction.strip().upper()
-    for pattern in (r"^([A-D])",   # quirk: any word will do, so Cotton -> C, Blue -> B, "Answer: D" -> A
-                    r"(?:ANSWER|CHOICE|OPTION)(?:\s+IS)?[\s:]+([A-D])", r"\(([A-D])\)", r"([A-D])\s*[.)\]]",
-                    r"(?:^|\s)([A-D])(?:\s|$)"):
-        if found := re.search(pattern, text):
+    for pattern in LETTER_PATTERNS:
+        found = re.search(pattern, text)
+        if found:
             return found[1]
     letters = re.findall("[A-D]", text)
-    return letters[0] if len(letters) == 1 else None   # quirk: kevlar -> A, its only letter of the four
+    return letters[0] if len(letters) == 1 else None  # quirk: kevlar -> A, its only one of the four
 
 
 def hr_letter(prediction, options):
-    """The option that a reply means (HR-Bench): the one letter among its words, else the one option text in it.
-    "Z" is a refusal: never right, like None.
+    """The option that a reply means (HR-Bench).
+
+    It is the one letter among the words, else the one option whose text is in the reply, else None;
+    "Z" is a refusal, which is never right.
 
     >>> options = {"A": "red", "B": "blue", "C": "light blue"}
     >>> [hr_letter(t, options) for t in ("B.", "It is Red", "light blue", "a", "A or B", "A dog")]
@@ -172,35 +203,22 @@ def hr_letter(prediction, options):
     return inside[0] if len(inside) == 1 else None
 
 
-def score(question, prediction):
-    """The score of one reply to one question of a question file.
-
-    >>> score({"metric": "letter", "answers": ["B"]}, "(B)"), score({"answers": ["Red"]}, "red ")
-    (1.0, 1.0)
-    """
-    metric, answers = question.get("metric", "exact"), question.get("answers")
-    answers = [answers] if isinstance(answers, str) else answers
-    if not answers:
-        raise ValueError("a question without answers can not be scored")
-    if metric in ("exact", "pope"):   # quirk: POPE wants the bare word, "Yes." is wrong
-        return exact(prediction, answers)
-    if metric == "vqa":
-        return vqa_accuracy(prediction, answers)
-    if metric == "anls":
-        return anls(prediction, answers)
-    if metric == "relaxed":
-        return max(relaxed_accuracy(prediction, answer) for answer in answers)
-    if metric == "ocrbench":
-        return ocrbench(prediction, answers, question.get("dataset"))
-    if metric in ("letter", "hr"):
-        letter = choice_letter(prediction) if metric == "letter" else hr_letter(prediction, question.get("options", {}))
-        return float(letter == answers[0].strip().upper())
-    raise ValueError(f"unknown metric {metric!r}; known: exact vqa anls relaxed ocrbench letter hr pope")
-
-
 def mean(values):
+    """
+    >>> mean([1, 2]), mean([])
+    (1.5, 0.0)
+    """
     values = list(values)
     return sum(values) / len(values) if values else 0.0
+
+
+# ------------------------------------------------------------------------- many replies, one figure
+
+def pope_counts(pairs):
+    """-> (right "yes", wrong "yes", wrong "no") of (reply, answer) pairs."""
+    pairs = [(reply.strip().lower(), answer.strip().lower()) for reply, answer in pairs]
+    # quirk: "maybe" is neither a yes nor a no, so it is no miss
+    return pairs.count(("yes", "yes")), pairs.count(("yes", "no")), pairs.count(("no", "yes"))
 
 
 def pope_f1(pairs):
@@ -209,101 +227,338 @@ def pope_f1(pairs):
     >>> pope_f1([("Yes", "yes"), ("yes", "no"), ("no", "no"), ("no", "yes"), ("maybe", "yes")])
     0.5
     """
-    pairs = [(reply.strip().lower(), answer.strip().lower()) for reply, answer in pairs]
-    right, false_yes, false_no = (pairs.count(pair) for pair in (("yes", "yes"), ("yes", "no"), ("no", "yes")))
-    return 2 * right / max(1, 2 * right + false_yes + false_no)   # quirk: "maybe" is neither yes nor no: no miss
+    right, wrong_yes, wrong_no = pope_counts(pairs)
+    return 2 * right / max(1, 2 * right + wrong_yes + wrong_no)
+
+
+def pope_pairs(rows):
+    return [(row["prediction"], row["answers"][0]) for row in rows]
+
+
+def pope_details(rows):
+    return {"accuracy": mean(row["score"] for row in rows), "score": pope_f1(pope_pairs(rows))}
+
+
+def pope_official(rows):
+    right, wrong_yes, wrong_no = pope_counts(pope_pairs(rows))
+    return {"F1": 100 * pope_f1(pope_pairs(rows)),
+            "accuracy": 100 * mean(row["score"] for row in rows),
+            "precision": 100 * right / max(1, right + wrong_yes),
+            "recall": 100 * right / max(1, right + wrong_no)}
+
+
+def over_cycles(rows):
+    """Mean over the rotations of the options (`cycle`) of the mean score within one.
+
+    >>> over_cycles([{"cycle": c, "score": s} for c, s in ((0, 1), (0, 1), (0, 1), (1, 0))])
+    0.5
+    """
+    cycles = {}
+    for row in rows:
+        cycles.setdefault(row.get("cycle"), []).append(row["score"])
+    return mean(mean(scores) for scores in cycles.values())
 
 
 def hr_summary(rows):
-    """HR-Bench: FSP (single objects), FCP (several) and both; each the mean over rotations of the options
-    (`cycle`) of the accuracy within one, which is the plain mean when the rotations are complete.
+    """HR-Bench: FSP (single objects), FCP (several) and both, each a mean over rotations."""
+    return {"FSP": over_cycles([row for row in rows if row.get("kind") == "single"]),
+            "FCP": over_cycles([row for row in rows if row.get("kind") == "cross"]),
+            "average": over_cycles(rows)}
 
-    >>> hr_summary([{"kind": "single", "cycle": c, "score": s} for c, s in ((0, 1), (0, 1), (0, 1), (1, 0))])
-    {'FSP': 0.5, 'FCP': 0.0, 'average': 0.5}
+
+def hr_details(rows):
+    summary = hr_summary(rows)
+    return summary | {"score": summary["average"]}
+
+
+def hr_official(rows):
+    summary = hr_summary(rows)
+    return {name: 100 * summary[name] for name in ("average", "FSP", "FCP")}
+
+
+OCRBENCH_GROUPS = {  # what the kinds are added up to: 300, 200, 200, 200 and 100 questions
+    "Text Recognition": ("Regular Text Recognition", "Irregular Text Recognition",
+                         "Artistic Text Recognition", "Handwriting Recognition",
+                         "Digit String Recognition", "Non-Semantic Text Recognition"),
+    "Scene Text-centric VQA": ("Scene Text-centric VQA",),
+    "Doc-oriented VQA": ("Doc-oriented VQA",),
+    "Key Information Extraction": ("Key Information Extraction",),
+    "Handwritten Mathematical": ("Handwritten Mathematical Expression Recognition",),
+}
+
+
+def ocrbench_official(rows):
+    """Points: the questions answered right, of the whole benchmark's 1,000."""
+    points = {"points": sum(row["score"] for row in rows)}
+    for group, kinds in OCRBENCH_GROUPS.items():
+        points[group] = sum(row["score"] for row in rows if row.get("kind") in kinds)
+    return points
+
+
+def mean_official(rows):
+    return {"mean": 100 * mean(row["score"] for row in rows)}
+
+
+def kinds_official(rows):
+    """The mean, and that of each kind."""
+    kinds = sorted({row["kind"] for row in rows if row.get("kind")})
+    of_kind = {kind: [row for row in rows if row.get("kind") == kind] for kind in kinds}
+    return {"mean": 100 * mean(row["score"] for row in rows)} | {
+        kind: 100 * mean(row["score"] for row in part) for kind, part in of_kind.items()}
+
+
+# -------------------------------------------------------------------------------------- the metrics
+
+def relaxed(prediction, answers):
+    return max(relaxed_accuracy(prediction, answer) for answer in answers)
+
+
+def letter(prediction, answers):
+    return float(choice_letter(prediction) == answers[0].strip().upper())
+
+
+def hr(prediction, answers, options):
+    return float(hr_letter(prediction, options or {}) == answers[0].strip().upper())
+
+
+@dataclass(frozen=True)
+class Metric:
+    score: Callable                      # (prediction, answers) -> [0, 1]
+    field: str | None = None             # of the question, if score() needs it as a third argument
+    official: Callable = mean_official   # rows -> what its authors report, the main figure first
+    details: Callable | None = None      # rows -> what summarise() adds; its "score" is no mean
+
+
+METRICS = {
+    "exact": Metric(exact),
+    "vqa": Metric(vqa_accuracy),
+    "anls": Metric(anls),
+    "relaxed": Metric(relaxed, official=kinds_official),
+    "ocrbench": Metric(ocrbench, field="dataset", official=ocrbench_official),
+    "letter": Metric(letter, official=kinds_official),
+    "hr": Metric(hr, field="options", official=hr_official, details=hr_details),
+    # quirk: POPE wants the bare word, "Yes." is wrong
+    "pope": Metric(exact, official=pope_official, details=pope_details),
+}
+
+
+def score(question, prediction):
+    """The score of one reply to one question of a question file. Raises ValueError.
+
+    >>> score({"metric": "letter", "answers": ["B"]}, "(B)"), score({"answers": ["Red"]}, "red ")
+    (1.0, 1.0)
     """
-    def over_cycles(rows):
-        return mean(mean(r["score"] for r in rows if r.get("cycle") == c) for c in {r.get("cycle") for r in rows})
-    return {"FSP": over_cycles([r for r in rows if r.get("kind") == "single"]),
-            "FCP": over_cycles([r for r in rows if r.get("kind") == "cross"]), "average": over_cycles(rows)}
+    metric, answers = question.get("metric", "exact"), question.get("answers")
+    if isinstance(answers, str):
+        answers = [answers]
+    if not answers:
+        raise ValueError("a question without answers can not be scored")
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}; known: {' '.join(METRICS)}")
+    rule = METRICS[metric]
+    extra = [question.get(rule.field)] if rule.field else []
+    return rule.score(prediction, answers, *extra)
 
 
 def summarise(metric, rows):
-    """One table from rows {"score", "kind"?, "answers", "prediction", "cycle"?}. "score" is what papers print:
-    F1 for POPE (its accuracy stands beside it), the mean over rotations for HR-Bench, else the mean.
+    """One table from rows {"score", "kind"?, "answers", "prediction", "cycle"?}.
 
-    >>> summarise("letter", [{"score": 1.0, "kind": "spatial"}, {"score": 0.0, "kind": "attributes"}])
-    {'score': 0.5, 'questions': 2, 'kinds': {'attributes': 0.0, 'spatial': 1.0}}
+    "score" is what papers print: F1 for POPE (its accuracy stands beside it), the mean over
+    rotations for HR-Bench, else the mean.
+
+    >>> summarise("letter", [{"score": 1.0, "kind": "near"}, {"score": 0.0, "kind": "far"}])
+    {'score': 0.5, 'questions': 2, 'kinds': {'far': 0.0, 'near': 1.0}}
     """
     table = {"score": mean(row["score"] for row in rows), "questions": len(rows)}
-    if metric == "pope":
-        table |= {"accuracy": table["score"], "score": pope_f1((row["prediction"], row["answers"][0]) for row in rows)}
-    if metric == "hr":
-        table |= hr_summary(rows)
-        table["score"] = table["average"]
+    if METRICS[metric].details:
+        table |= METRICS[metric].details(rows)
     kinds = sorted({row["kind"] for row in rows if row.get("kind")})
     if len(kinds) > 1:
-        table["kinds"] = {kind: mean(row["score"] for row in rows if row.get("kind") == kind) for kind in kinds}
+        table["kinds"] = {kind: mean(row["score"] for row in rows if row.get("kind") == kind)
+                          for kind in kinds}
     return table
 
 
+# ---------------------------------------------------------------------------------- the paper's own
+
+PAPER_MODELS = {  # (model_type, decoder layers, hidden width) of config.json: the paper's name
+    ("llava", 32, 4096): "LLaVA-1.5-7B",
+    ("llava", 40, 5120): "LLaVA-1.5-13B",
+    ("multi_modality", 24, 2048): "DeepSeek-VL-1.3B",
+    ("multi_modality", 30, 4096): "DeepSeek-VL-7B",
+    ("qwen2_5_vl", 36, 2048): "Qwen2.5-VL-3B",
+    ("qwen2_5_vl", 28, 3584): "Qwen2.5-VL-7B",
+}
+# {model: {benchmark: {figure: (plain, SD-RPN)}}}; None: the paper does not say. OCRBench's points are
+# ten times the percent that it prints.
+PAPER = {
+    "LLaVA-1.5-7B": {
+        "docvqa": {"mean": (21.5, 33.9)}, "chartqa": {"mean": (18.1, 20.1)},
+        "ocrbench": {"points": (314, 370)}, "infovqa": {"mean": (20.4, 22.0)},
+        "textvqa": {"mean": (46.1, 58.7)},
+        "vstar": {"mean": (50.3, 67.5), "direct_attributes": (None, 67.8),
+                  "relative_position": (None, 67.1)},
+        "pope": {"F1": (85.9, 87.1), "accuracy": (None, 87.8)},
+        "hrbench4k": {"average": (37.5, 48.0), "FSP": (None, 60.3), "FCP": (None, 35.8)},
+        "hrbench8k": {"average": (33.8, 39.1), "FSP": (None, 46.5), "FCP": (None, 31.8)},
+    },
+    "LLaVA-1.5-13B": {
+        "docvqa": {"mean": (23.5, 39.7)}, "chartqa": {"mean": (18.1, 21.4)},
+        "ocrbench": {"points": (337, 388)}, "infovqa": {"mean": (23.4, 24.7)},
+        "textvqa": {"mean": (48.7, 62.3)}, "vstar": {"mean": (50.8, 62.3)},
+        "pope": {"F1": (85.9, 87.3)}, "hrbench4k": {"average": (43.0, 52.8)},
+        "hrbench8k": {"average": (36.6, 43.6)},
+    },
+    "DeepSeek-VL-1.3B": {"vstar": {"mean": (42.9, 55.0)}},
+    "DeepSeek-VL-7B": {"vstar": {"mean": (42.4, 52.4)}},
+    "Qwen2.5-VL-3B": {"vstar": {"mean": (73.3, 81.2)}},
+    "Qwen2.5-VL-7B": {
+        "vstar": {"mean": (78.0, 89.5)}, "hrbench4k": {"average": (72.5, 78.5)},
+        "hrbench8k": {"average": (63.6, 73.5)},
+    },
+}
+
+
+def paper_model(config):
+    """The paper's name of the model with this config (a dict of sizes), or None.
+
+    >>> paper_model({"model_type": "llava", "num_hidden_layers": 32, "hidden_size": 4096})
+    'LLaVA-1.5-7B'
+    """
+    keys = ("model_type", "num_hidden_layers", "hidden_size")
+    return PAPER_MODELS.get(tuple(config.get(key) for key in keys))
+
+
+# ---------------------------------------------------------------------------------- tables in print
+
 def compare(questions, methods, say=print):
-    """Ask every (image, question dict) by every method {name: f(image, question) -> answer} -> a table in percent, by kind."""
+    """Ask every (picture, question) by every method -> a table by kind, in percent.
+
+    methods: {name: f(picture, question) -> answer}; a question is a dict of a question file.
+    """
     scores, seconds = {m: {} for m in methods}, dict.fromkeys(methods, 0.0)
     for n in range(len(questions)):
-        image, q = questions[n]
+        picture, q = questions[n]
         for m, ask in methods.items():
             began = time.perf_counter()
-            reply = ask(image, q)
+            reply = ask(picture, q)
             seconds[m] += time.perf_counter() - began
             scores[m].setdefault(q["kind"], []).append(score(q, reply))
         if (n + 1) % 50 == 0:
             say(f"question {n + 1}/{len(questions)}")
     kinds = list(next(iter(scores.values())))
-    lines = [f"{'':15}" + "".join(f"{k:>9}" for k in kinds) + f"{'all':>9}{'s/question':>12}"]
+    head = "".join(f"{printable(kind):>9}" for kind in kinds)
+    lines = [f"{'':15}{head}{'all':>9}{'s/question':>12}"]
     for m, by_kind in scores.items():
-        columns = [*by_kind.values(), [s for values in by_kind.values() for s in values]]
-        lines.append(f"{m:15}" + "".join(f"{100 * mean(c):9.1f}" for c in columns) + f"{seconds[m] / len(questions):12.3f}")
+        everything = [s for values in by_kind.values() for s in values]
+        cells = "".join(f"{100 * mean(values):9.1f}" for values in [*by_kind.values(), everything])
+        lines.append(f"{m:15}{cells}{seconds[m] / len(questions):12.3f}")
     return "\n".join(lines)
 
 
+def raster(boxes, size, side=256):
+    """Which cells of side x side over a picture of `size` (w, h) the boxes (pixels) cover, bool."""
+    canvas = np.zeros((side, side), bool)
+    for x0, y0, x1, y1 in boxes:
+        x0, x1 = (round(side * x / size[0]) for x in (x0, x1))
+        y0, y1 = (round(side * y / size[1]) for y in (y0, y1))
+        canvas[y0:max(y1, y0 + 1), x0:max(x1, x0 + 1)] = True
+    return canvas
+
+
 def overlap(crops, boxes, size):
-    """Do the crops cover at least half of every true box (source pixels), and IoU of crops and boxes, on a 256 x 256 raster."""
-    def raster(rectangles):
-        canvas = np.zeros((256, 256), bool)
-        for x0, y0, x1, y1 in rectangles:
-            x0, x1, y0, y1 = (round(256 * v / s) for v, s in ((x0, size[0]), (x1, size[0]), (y0, size[1]), (y1, size[1])))
-            canvas[y0:max(y1, y0 + 1), x0:max(x1, x0 + 1)] = True
-        return canvas
-    seen, wanted = raster(crops), raster(boxes)
-    covered = all((raster([b]) & seen).sum() >= 0.5 * raster([b]).sum() for b in boxes)
-    return bool(covered), float((seen & wanted).sum() / max((seen | wanted).sum(), 1))
+    """Do the crops cover half of every true box, and the IoU of crops and boxes (source pixels).
+
+    >>> overlap([(0, 0, 50, 100)], [(0, 0, 100, 100)], (100, 100))
+    (True, 0.5)
+    """
+    seen, wanted = raster(crops, size), raster(boxes, size)
+    covered = [(raster([box], size) & seen).sum() >= 0.5 * raster([box], size).sum()
+               for box in boxes]
+    return all(map(bool, covered)), float((seen & wanted).sum() / max((seen | wanted).sum(), 1))
 
 
-def side_by_side(rows, questions, say=print):
-    """Say the table per kind of rows {"kind", "plain": {...}, "two_stage"?: {...}}; return the summary, scores in percent."""
-    names = [n for n in ("plain", "two_stage") if n in rows[0]]
+def columns_of(rows, two_stage):
+    """[(heading, width, text)] of the table's line for these rows."""
+    plain = [row["plain"] for row in rows]
+    found = [("plain", 8, f"{100 * mean(p['score'] for p in plain):.1f}")]
+    if not two_stage:
+        return [*found, ("s", 9, f"{mean(p['seconds'] for p in plain):.3f}")]
+    two = [row["two_stage"] for row in rows]
+    change = [t["score"] - p["score"] for p, t in zip(plain, two)]
+    found += [
+        ("two-st.", 8, f"{100 * mean(t['score'] for t in two):.1f}"),
+        ("change", 8, f"{100 * mean(change):+.1f}"),
+        ("lost", 6, f"{sum(c < 0 for c in change)}"),
+        ("won", 6, f"{sum(c > 0 for c in change)}"),
+        ("RoI %", 7, f"{100 * mean(bool(t['boxes']) for t in two):.0f}"),
+        ("s plain", 9, f"{mean(p['seconds'] for p in plain):.3f}"),
+        ("s two", 8, f"{mean(t['seconds'] for t in two):.3f}"),
+        ("tokens", 8, f"{mean(t['visual_tokens'] for t in two):.0f}")]
+    located = [t for t in two if "iou" in t]
+    if located:
+        found.append(("recall", 8, f"{100 * mean(t['covers'] for t in located):.1f}"))
+        found.append(("IoU", 7, f"{mean(t['iou'] for t in located):.2f}"))
+    return found
+
+
+def official_lines(metric, benchmark, by_name, model):
+    """Lines of text: a benchmark's official figures, and the paper's where it has this model.
+
+    by_name: {"plain": rows, "two_stage"?: rows}; model: a name in PAPER, or None.
+    """
+    figures = [METRICS[metric].official(rows) for rows in by_name.values()]
+    paper = PAPER.get(model, {}).get(benchmark, {})
+    title = f"official, {len(by_name['plain'])} questions"
+    head = "".join(f"{name:>8}" for name in ("plain", "two-st.")[:len(figures)])
+    lines = [f"{title:28}{head}" + (f"   the paper's, {model}" if paper else "")]
+    for name in figures[0]:
+        line = f"{printable(name)[:27]:28}" + "".join(f"{f[name]:8.1f}" for f in figures)
+        if name in paper:
+            before, after = ("-" if value is None else value for value in paper[name])
+            line += f"   {before} -> {after}"
+        lines.append(line)
+    return lines
+
+
+def shared(questions, key, default=None):
+    """What all questions say, or None if they differ."""
+    values = {q.get(key, default) for q in questions}
+    return values.pop() if len(values) == 1 else None
+
+
+def side_by_side(rows, questions, say=print, config=None):
+    """Say the table per kind, and a benchmark's official figures; return the summary, in percent.
+
+    rows: {"kind", "plain": {...}, "two_stage"?: {...}}, one for each question; config: the model's
+    sizes, by which the paper's figures are found.
+    """
+    names = [name for name in ("plain", "two_stage") if name in rows[0]]
     metric = questions[0].get("metric", "exact")
-    whole = {n: summarise(metric, [r | r[n] | {"prediction": r[n]["answer"]} for r in rows]) for n in names}
-    kinds = list(dict.fromkeys(r["kind"] for r in rows))
-    say(f"{'kind':24}{'n':>6}{'plain':>8}" + (f"{'two-st.':>8}{'change':>8}{'lost':>6}{'won':>6}{'RoI %':>7}{'s plain':>9}{'s two':>8}"
-        f"{'tokens':>8}{'recall':>8}{'IoU':>7}" if len(names) > 1 else f"{'s':>9}"))
-    for kind in [*kinds, "all"] if len(kinds) > 1 else kinds:
-        part = [r for r in rows if kind in (r["kind"], "all")]
-        plain = [r["plain"] for r in part]
-        line = f"{kind[:24]:24}{len(part):6}{100 * mean([p['score'] for p in plain]):8.1f}"
-        if len(names) > 1:
-            two = [r["two_stage"] for r in part]
-            lost = sum(p["score"] > t["score"] for p, t in zip(plain, two))
-            won = sum(p["score"] < t["score"] for p, t in zip(plain, two))
-            line += (f"{100 * mean([t['score'] for t in two]):8.1f}{100 * mean([t['score'] - p['score'] for p, t in zip(plain, two)]):+8.1f}"
-                     f"{lost:6}{won:6}{100 * mean([bool(t['boxes']) for t in two]):7.0f}{mean([p['seconds'] for p in plain]):9.3f}"
-                     f"{mean([t['seconds'] for t in two]):8.3f}{mean([t['visual_tokens'] for t in two]):8.0f}")
-            located = [t for t in two if "iou" in t]
-            line += f"{100 * mean([t['covers'] for t in located]):8.1f}{mean([t['iou'] for t in located]):7.2f}" if located else ""
-        else:
-            line += f"{mean([p['seconds'] for p in plain]):9.3f}"
-        say(line)
+    by_name = {name: [row | row[name] | {"prediction": row[name]["answer"]} for row in rows]
+               for name in names}
+    parts = {}
+    for row in rows:
+        parts.setdefault(row["kind"], []).append(row)
+    if len(parts) > 1:
+        parts.pop("all", None)  # the questions without a kind have no line of their own
+        parts["all"] = rows
+    head = columns_of(rows, len(names) > 1)
+    say(f"{'kind':24}{'n':>6}" + "".join(f"{name:>{width}}" for name, width, _ in head))
+    for kind, part in parts.items():
+        cells = "".join(f"{text:>{width}}" for _, width, text in columns_of(part, len(names) > 1))
+        say(f"{printable(kind)[:24]:24}{len(part):6}{cells}")
     if len(names) > 1:
-        say("lost: plain right, two-stage wrong; won: the reverse; recall: the crops cover half of every true box")
-    result = {n: round(100 * whole[n]["score"], 2) for n in names} | {"questions": len(rows), "metric": metric}
-    return result | {"details": whole} if metric in ("pope", "hr") else result
+        say("lost: plain right, two-stage wrong; won: the reverse; "
+            "recall: the crops cover half of every true box")
+    benchmark = shared(questions, "benchmark")
+    of_one_rule = shared(questions, "metric", "exact") is not None
+    if of_one_rule and (benchmark or METRICS[metric].official is not mean_official):
+        for line in official_lines(metric, benchmark, by_name, paper_model(config or {})):
+            say(line)
+    whole = {name: summarise(metric, part) for name, part in by_name.items()}
+    result = {name: round(100 * whole[name]["score"], 2) for name in names}
+    result |= {"questions": len(rows), "metric": metric}
+    if METRICS[metric].details:
+        result["details"] = whole
+    return result

@@ -1,23 +1,24 @@
 """Scores and question files: golden values of the common harness, and miniatures of every original file.
 
-    python -m pytest tests/test_data.py      # 2 seconds, no network, no model
+    python -m pytest tests/test_data.py      # 3 seconds, no network, no model
 """
-
 import base64
 import csv
 import doctest
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import data.benchmarks as benchmarks  # noqa: E402
-import data.llava_mix as llava_mix  # noqa: E402
-import data.metrics as metrics  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from clip import BadInput  # noqa: E402
+from data import benchmarks, llava_mix, metrics, questions  # noqa: E402
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -27,6 +28,21 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 def test_examples_in_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted >= 2 and not result.failed
+
+
+def test_a_package_of_the_same_name_does_not_stand_in(tmp_path):
+    save(tmp_path / "data/__init__.py", "")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", "import data; print(data.__file__)"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(ROOT / "data/__init__.py")
+
+
+def test_the_readme_names_every_field_metric_and_benchmark():
+    text = (ROOT / "data/README.md").read_text(encoding="utf-8")
+    names = {*questions.CHECKS, *metrics.METRICS, *benchmarks.BENCHMARKS}
+    assert not [name for name in names if f"`{name}`" not in text]
+    assert not [benchmark.hub for benchmark in benchmarks.BENCHMARKS.values() if benchmark.hub not in text]
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------------
@@ -55,7 +71,8 @@ def test_vqa_accuracy_leaves_one_out(matching, want):
 @pytest.mark.parametrize("prediction, answers, want", [
     ("hello", ["Hello"], 1), (" Hello\n", ["hello"], 1), ("ab", ["abcd"], 0.5), ("abc", ["abcdefg"], 0),
     ("helo", ["world", "hello"], 0.8), ("", [""], 1), ("", ["a"], 0), ("a  b", ["a b"], 1),
-    ("a b", ["a  c"], 0.75)])   # one edit in "a c", over the 4 letters of the raw "a  c"
+    ("a b", ["a  c"], 0.75),    # one edit in "a c", over the 4 letters of the raw "a  c"
+    (" s", [" ", "an yes. hello?"], 0.5)])   # one edit from "" to "s", over the 2 letters of the raw " s"
 def test_anls(prediction, answers, want):
     assert metrics.anls(prediction, answers) == pytest.approx(want)
 
@@ -107,6 +124,17 @@ def test_score_finds_the_metric(question, prediction, want):
     assert metrics.score(question, prediction) == want
 
 
+def test_a_metric_is_added_in_one_place(tmp_path, monkeypatch):
+    path = save(tmp_path / "q.jsonl", '{"image": "a.png", "question": "Why?", "answers": ["ab"], "metric": "length"}')
+    with pytest.raises(BadInput, match="'metric' has a wrong type or value: length"):
+        questions.read_questions(path)
+    rule = metrics.Metric(lambda prediction, answers: float(len(prediction) == len(answers[0])))
+    monkeypatch.setitem(metrics.METRICS, "length", rule)
+    (q,), _ = questions.read_questions(path)
+    assert [metrics.score(q, reply) for reply in ("xy", "xyz")] == [1, 0]
+    assert metrics.summarise("length", [{"score": 1.0}])["score"] == 1
+
+
 @pytest.mark.parametrize("question", [{"metric": "bleu", "answers": ["a"]}, {"metric": "vqa"}, {"answers": []}])
 def test_score_refuses(question):
     with pytest.raises(ValueError):
@@ -130,6 +158,89 @@ def test_hr_is_a_mean_over_rotations():
 
 def test_no_rows_is_no_crash():
     assert [metrics.summarise(metric, [])["score"] for metric in ("vqa", "pope", "hr")] == [0, 0, 0]
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+LLAVA_7B = {"model_type": "llava", "num_hidden_layers": 32, "hidden_size": 4096}
+
+
+def answered(metric, kinds, plain, two=None):
+    """Rows as infer.py keeps them: the answers of each question, plain and two-stage, to "yes" or A."""
+    def one(reply):
+        right = float(reply.lower() == want.lower())
+        return {"answer": reply, "score": right, "seconds": 1.0, "boxes": [[0, 0, 1, 1]], "visual_tokens": 600}
+    want = "yes" if metric == "pope" else "A"
+    rows = [{"kind": kind, "cycle": str(n % 2), "answers": [want], "plain": one(plain[n])}
+            for n, kind in enumerate(kinds)]
+    for row, reply in zip(rows, two or ()):
+        row["two_stage"] = one(reply)
+    return rows
+
+
+def said_by(rows, config=None, **question):
+    """-> (lines that side_by_side says, its summary)."""
+    lines = []
+    summary = metrics.side_by_side(rows, [question] * len(rows), lines.append, config)
+    return [" ".join(line.split()) for line in lines], summary
+
+
+def test_official_scores_of_pope():
+    rows = answered("pope", ["random"] * 4, ["yes", "no", "no", "maybe"], ["yes", "Yes", "no", "yes"])
+    lines, summary = said_by(rows, LLAVA_7B, metric="pope", benchmark="pope")
+    assert lines[0].startswith("kind n plain two-st.") and lines[1].startswith("random 4 25.0 75.0 +50.0 0 2")
+    assert lines[-5:] == ["official, 4 questions plain two-st. the paper's, LLaVA-1.5-7B",
+                          "F1 50.0 85.7 85.9 -> 87.1",          # 2 * 1 / (2 * 1 + 2), and 2 * 3 / (2 * 3 + 1)
+                          "accuracy 25.0 75.0 - -> 87.8", "precision 100.0 100.0", "recall 33.3 75.0"]
+    assert summary == {"plain": 50.0, "two_stage": 85.71, "questions": 4, "metric": "pope", "details": {
+        "plain": {"score": 0.5, "accuracy": 0.25, "questions": 4},
+        "two_stage": {"score": pytest.approx(6 / 7), "accuracy": 0.75, "questions": 4}}}
+
+
+def test_official_scores_of_hr_bench():
+    rows = answered("hr", ["single", "single", "cross", "cross"], ["A", "A", "B", "A"])
+    lines, summary = said_by(rows, LLAVA_7B, metric="hr", benchmark="hrbench8k")
+    assert lines[-4:] == ["official, 4 questions plain the paper's, LLaVA-1.5-7B", "average 75.0 33.8 -> 39.1",
+                          "FSP 100.0 - -> 46.5", "FCP 50.0 - -> 31.8"]
+    assert summary["plain"] == 75 and summary["details"]["plain"]["FCP"] == 0.5
+
+
+def test_official_scores_of_ocrbench_are_points():
+    kinds = ["Handwriting Recognition", "Digit String Recognition", "Doc-oriented VQA"]
+    lines, summary = said_by(answered("ocrbench", kinds, ["A", "A", "A"]), metric="ocrbench", benchmark="ocrbench")
+    assert lines[-6:-3] == ["points 3.0", "Text Recognition 2.0", "Scene Text-centric VQA 0.0"]
+    assert summary == {"plain": 100.0, "questions": 3, "metric": "ocrbench"}
+
+
+def test_the_papers_figures_stand_beside_their_own_model_alone():
+    rows = answered("letter", ["direct_attributes", "relative_position"], ["A", "B"])
+    lines, _ = said_by(rows, LLAVA_7B | {"hidden_size": 128}, metric="letter", benchmark="vstar")
+    assert lines[-4:] == ["official, 2 questions plain", "mean 50.0", "direct_attributes 100.0",
+                          "relative_position 0.0"]
+    lines, _ = said_by(rows, {"model_type": "qwen2_5_vl", "num_hidden_layers": 28, "hidden_size": 3584},
+                       metric="letter", benchmark="vstar")
+    assert lines[-4:-2] == ["official, 2 questions plain the paper's, Qwen2.5-VL-7B", "mean 50.0 78.0 -> 89.5"]
+    assert not any("official" in line for line in said_by(rows, LLAVA_7B)[0])   # of no benchmark
+    mixed, lines = [{"metric": "pope", "benchmark": "pope"}, {"metric": "exact"}], []
+    metrics.side_by_side(rows, mixed, lines.append, LLAVA_7B)
+    assert not any("official" in line for line in lines)
+    figures = {name for model in metrics.PAPER.values() for name in model}
+    assert set(metrics.PAPER) <= set(metrics.PAPER_MODELS.values()) and figures == set(benchmarks.BENCHMARKS)
+
+
+def test_nothing_of_the_user_reaches_the_terminal_raw(tmp_path, capsys):
+    bad = "red\x1b[2J\x07\u202e"
+    rows = answered("letter", [bad, "blue"], ["A", "B"])
+    lines, _ = said_by(rows, metric="letter", benchmark="vstar")
+    asked = [(None, {"kind": bad, "answers": ["a"]})]
+    row = {"imgname": bad + ".png", "query": "How many?", "label": "14"}
+    file = save(tmp_path / f"test_{bad}.json", [row, row | {"imgname": "a.png"}])
+    save(tmp_path / "png/a.png", png())
+    convert(tmp_path, "chartqa", file)
+    said = capsys.readouterr()
+    text = "".join([*lines, metrics.compare(asked, {"plain": lambda image, q: "a"}), said.out, said.err])
+    assert text.replace("\n", "").isprintable() and "red\\x1b[2J\\x07" in said.err + text
+    assert error_of(capsys, lambda: benchmarks.main(["chartqa", str(tmp_path / bad)])).strip().isprintable()
 
 
 # ---- benchmarks --------------------------------------------------------------------------------------------------
@@ -178,7 +289,8 @@ def test_textvqa(tmp_path, capsys, images, relative):
     root, questions = convert(tmp_path, "textvqa", file, images=tmp_path / images)
     assert root == tmp_path / images and root.is_absolute()
     assert questions == [dict(id="34602", image=relative, question="What does the nasa sign say?" + SHORT,
-                              answers=["nokia"] * 10, metric="vqa", max_new_tokens=1024, tau=0.15)]
+                              answers=["nokia"] * 10, metric="vqa", max_new_tokens=1024, tau=0.15,
+                              benchmark="textvqa")]
     said = capsys.readouterr()
     assert "infer.py --eval" in said.out and "train_images/gone.jpg" in said.err and "5000" in said.err
 
@@ -192,8 +304,10 @@ def test_docvqa_and_infovqa(tmp_path):
     save(tmp_path / "infographicsvqa_images/20471.jpeg", png())
     want = dict(id="337", question="What is the Date?" + SHORT, answers=["1/8/93", "1993"], metric="anls",
                 max_new_tokens=32)
-    assert convert(tmp_path, "docvqa", doc)[1] == [want | dict(image="documents/rnbx0223_193.png", tau=0.10)]
-    assert convert(tmp_path, "infovqa", info)[1] == [want | dict(image="infographicsvqa_images/20471.jpeg", tau=0.15)]
+    assert convert(tmp_path, "docvqa", doc)[1] == [
+        want | dict(image="documents/rnbx0223_193.png", tau=0.10, benchmark="docvqa")]
+    assert convert(tmp_path, "infovqa", info)[1] == [
+        want | dict(image="infographicsvqa_images/20471.jpeg", tau=0.15, benchmark="infovqa")]
 
 
 def test_chartqa_takes_both_files(tmp_path):
@@ -205,6 +319,7 @@ def test_chartqa_takes_both_files(tmp_path):
     assert [q["kind"] for q in questions] == ["human", "augmented"]
     assert questions[0] | {"id": 0, "kind": 0} == dict(
         id=0, kind=0, image="png/41699051005347.png", answers=["14"], metric="relaxed", max_new_tokens=16, tau=0.15,
+        benchmark="chartqa",
         question="How many bars?\nAnswer the question with a single word.")
 
 
@@ -219,7 +334,8 @@ def test_ocrbench_questions(tmp_path):
     _, questions = convert(tmp_path, "ocrbench", file, images=tmp_path / "OCRBench_Images")
     assert questions[0] == dict(
         id="0", kind="Regular Text Recognition", dataset="IIIT5K", image="IIIT5K/test/918_1.png", answers=["CENTRE"],
-        question="what is written in the image?", metric="ocrbench", max_new_tokens=128, tau=0.05)
+        question="what is written in the image?", metric="ocrbench", max_new_tokens=128, tau=0.05,
+        benchmark="ocrbench")
     assert questions[1]["answers"] == ["x^2", "4"] and questions[1]["dataset"] == "HME100k"
 
 
@@ -237,7 +353,7 @@ def test_vstar_repeats_the_instruction_and_finds_boxes(tmp_path):
         id="0", kind="direct_attributes", image="direct_attributes/sa_4690.jpg", answers=["A"],
         boxes=[[1682, 1175, 1710, 1206]],
         question="What is the material of the glove?\nA. rubber\nB. cotton\nC. kevlar\nD. leather" + 2 * LETTER,
-        metric="letter", max_new_tokens=16, tau=0.10)
+        metric="letter", max_new_tokens=16, tau=0.10, benchmark="vstar")
     assert questions[1]["question"] == "Is the dog left or right of the car?\nA. right\nB. left" + 2 * LETTER
     assert "boxes" not in questions[1]
 
@@ -252,7 +368,7 @@ def test_pope_pools_three_files(tmp_path):
     assert [question["id"] for question in questions] == ["random-1", "popular-1", "adversarial-1"]
     assert questions[2] == dict(
         id="adversarial-1", kind="adversarial", image=row["image"], answers=["yes"], metric="pope", max_new_tokens=128,
-        question="Is there a snowboard\u2028?" + SHORT, tau=0.15)
+        question="Is there a snowboard\u2028?" + SHORT, tau=0.15, benchmark="pope")
 
 
 def hr_file(path, **change):
@@ -277,7 +393,143 @@ def test_hrbench_unpacks_each_picture_once(tmp_path):
     assert questions[0] | {"image": 0, "cycle": 0} == dict(
         id="0", kind="single", cycle=0, image=0, answers=["B"], options={"A": "red", "B": '"dark"\tblue', "C": "green"},
         question='What colour?\nA. red\nB. "dark"\tblue\nC. green\nAnswer the option letter directly.',
-        metric="hr", max_new_tokens=1024, tau=0.10)
+        metric="hr", max_new_tokens=1024, tau=0.10, benchmark="hrbench4k")
+
+
+# ---- parquet -----------------------------------------------------------------------------------------------------
+
+def hub_file(path, rows, per_group=2):
+    """A parquet file as the hub has them: pictures as {"bytes", "path"}, small row groups."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{k: {"bytes": v, "path": None} if isinstance(v, bytes) else v for k, v in row.items()} for row in rows]
+    parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=per_group)
+    return path
+
+
+def test_textvqa_from_the_hub(tmp_path):
+    rows = [TEXTVQA | {"question_id": 34602 + i, "image_id": f"{i}", "answers": [str(i)] * 10} for i in range(3)]
+    file = save(tmp_path / "val.json", {"data": rows})
+    for i in range(3):
+        save(tmp_path / f"train_images/{i}.jpg", png(i))
+    shards = [hub_file(tmp_path / f"hub/data/{split}-0000{n}-of-00002.parquet", [
+        row | {"image": png(i), "flickr_300k_url": "x", "ocr_tokens": []} for i, row in enumerate(rows)][part])
+        for split, n, part in (("validation", 0, slice(2)), ("validation", 1, slice(2, 3)), ("test", 0, slice(3)))]
+    assert same_questions(tmp_path, "textvqa", [file], shards[:2]) == ["34602", "34603", "34604"]
+    assert same_questions(tmp_path, "textvqa", [file], [tmp_path / "hub"]) == ["34602", "34603", "34604"]
+
+
+def same_questions(tmp_path, name, official, hub):
+    """Both routes, the same questions over the same pictures -> their ids."""
+    here, want = convert(tmp_path, name, *official)
+    there, got = convert(tmp_path / "from the hub", name, *hub)
+    assert there.name == f"{name}_images"
+    assert [q | {"image": (there / q["image"]).read_bytes()} for q in got] == [
+        q | {"image": (here / q["image"]).read_bytes()} for q in want]
+    return [q["id"] for q in got]
+
+
+def test_docvqa_and_infovqa_from_the_hub(tmp_path):
+    shared = {"questionId": "337", "question": "What is the Date?", "answers": ["1/8/93", "1993"], "data_split": "val"}
+    doc = save(tmp_path / "doc.json", {"data": [shared | {"image": "documents/a.png"}] * 2})
+    info = save(tmp_path / "info.json", {"data": [shared | {"image_local_name": "b.png"}]})
+    save(tmp_path / "documents/a.png", png(1))
+    save(tmp_path / "infographicsvqa_images/b.png", png(2))
+    hub = tmp_path / "DocVQA"   # the data set's own name, which must not count
+    hub_file(hub / "DocVQA/validation-00000-of-00006.parquet", [
+        shared | {"image": png(1), "docId": 1, "ucsf_document_id": "x", "question_types": ["layout"]}] * 2)
+    hub_file(hub / "DocVQA/test-00000-of-00006.parquet", [shared | {"image": png(3), "answers": None}])
+    hub_file(hub / "InfographicVQA/validation-00000-of-00006.parquet", [
+        shared | {"image": png(2), "image_url": "x", "operation/reasoning": ["count"], "ocr": "[]"}])
+    assert same_questions(tmp_path, "docvqa", [doc], [hub]) == ["337", "337"]
+    assert len(list((tmp_path / "from the hub/out/docvqa_images").iterdir())) == 1   # one picture, two questions
+    assert same_questions(tmp_path, "infovqa", [info], [hub]) == ["337"]
+
+
+def test_chartqa_from_the_hub(tmp_path):
+    row = {"imgname": "1.png", "query": "How many bars?", "label": "14"}
+    files = [save(tmp_path / f"test_{kind}.json", [row, row]) for kind in ("human", "augmented")]
+    save(tmp_path / "png/1.png", png())
+    hub = hub_file(tmp_path / "test-00000-of-00001.parquet", [
+        {"type": kind, "question": row["query"], "answer": row["label"], "image": png()}
+        for kind in ("human_test", "human_test", "augmented_test", "augmented_test")])
+    ids = ["human-0", "human-1", "augmented-0", "augmented-1"]
+    assert same_questions(tmp_path, "chartqa", files, [hub]) == ids
+
+
+def test_ocrbench_from_the_hub(tmp_path):
+    row = {"dataset_name": "IIIT5K", "image_path": "1.png", "answers": ["CENTRE"], "type": "Regular Text Recognition",
+           "question": "what is written in the image? "}
+    file = save(tmp_path / "OCRBench.json", [row, row | {"dataset_name": "HME100k", "type": "Doc-oriented VQA"}])
+    save(tmp_path / "OCRBench_Images/1.png", png())
+    hub = [hub_file(tmp_path / f"data/test-0000{n}-of-00002.parquet", [
+        {"dataset": name, "question": row["question"], "question_type": kind, "answer": ["CENTRE"], "image": png()}])
+        for n, (name, kind) in enumerate((("IIIT5K", row["type"]), ("HME100k", "Doc-oriented VQA")))]
+    assert same_questions(tmp_path, "ocrbench", [file], hub) == ["0", "1"]
+
+
+def test_vstar_from_the_hub(tmp_path):
+    row = {"question_id": "0", "image": "direct_attributes/sa_4690.png", "category": "direct_attributes", "label": "A",
+           "text": "What is the material of the glove?\n(A) rubber\n(B) cotton" + LETTER}
+    file = save(tmp_path / "test_questions.jsonl", json.dumps(row))
+    save(tmp_path / row["image"], png())
+    hub = hub_file(tmp_path / "data/test-00000-of-00001.parquet", [row | {"image": png()}])
+    assert same_questions(tmp_path, "vstar", [file], [hub]) == ["0"]
+
+
+def test_pope_from_the_hub(tmp_path):
+    rows = [{"question_id": n, "image": "1.png", "text": "Is there a dog?", "label": "no"} for n in (1, 2)]
+    kinds = ("adversarial", "popular", "random")
+    files = [save(tmp_path / f"coco_pope_{kind}.json", "\n".join(map(json.dumps, rows))) for kind in kinds]
+    save(tmp_path / "val2014/1.png", png())
+    rows = [{"id": "0", "question_id": str(row["question_id"]), "question": row["text"], "answer": "no",
+             "image_source": "1", "image": png(), "category": kind} for kind in kinds for row in rows]
+    hub_file(tmp_path / "hub/data/test-00000-of-00003.parquet", rows, per_group=4)
+    hub_file(tmp_path / "hub/Full/popular-00000-of-00001.parquet", rows[:2])   # the same again, by file
+    ids = [f"{kind}-{n}" for kind in kinds for n in (1, 2)]
+    assert same_questions(tmp_path, "pope", files, [tmp_path / "hub"]) == ids
+
+
+def test_hrbench_from_the_hub(tmp_path):
+    file = hr_file(tmp_path / "hr_bench_4k.tsv")
+    with open(file, newline="") as lines:
+        rows = [row | {"index": int(row["index"]), "D": None} for row in csv.DictReader(lines, delimiter="\t")]
+    hub_file(tmp_path / "hub/hr_bench_4k.parquet", rows)
+    hub_file(tmp_path / "hub/hr_bench_8k.parquet", rows[:1])
+    assert same_questions(tmp_path, "hrbench4k", [file], [tmp_path / "hub"]) == ["0", "1", "2"]
+
+
+def test_bad_parquet_files_leave_nothing(tmp_path, capsys):
+    row = {"type": "human_test", "question": "How many?", "answer": "14", "image": png()}
+    good = hub_file(tmp_path / "test.parquet", [row] * 6)
+    pieces = pytest.importorskip("pyarrow.parquet").ParquetFile(good).metadata
+    broken = bytearray(good.read_bytes())
+    at = pieces.row_group(2).column(0).data_page_offset
+    broken[at:at + 8] = b"\xff" * 8
+    out = tmp_path / "out/q.jsonl"
+    out.parent.mkdir()
+
+    def refusal(*arguments):
+        message = error_of(capsys, lambda: benchmarks.main(["chartqa", *map(str, arguments), "--out", str(out)]))
+        assert not list(out.parent.iterdir())
+        return message
+    assert "near question 4: not a parquet file, or cut short" in refusal(save(tmp_path / "a.parquet", bytes(broken)))
+    assert "near question 1: not a parquet file" in refusal(save(tmp_path / "b.parquet", good.read_bytes()[:-9]))
+    assert "no field 'answer'" in refusal(hub_file(tmp_path / "c.parquet", [{"text": "How many?", "image": png()}]))
+    assert "not a picture" in refusal(hub_file(tmp_path / "d.parquet", [row, row | {"image": b"GIF8"}]))
+    assert "not a picture" in refusal(hub_file(tmp_path / "e.parquet", [row | {"image": {"path": "1.png"}}]))
+    assert "no answer" in refusal(hub_file(tmp_path / "f.parquet", [row | {"answer": None}]))
+    assert "leave --images out" in refusal(good, "--images", tmp_path)
+    assert "not both" in refusal(good, save(tmp_path / "test_human.json", []))
+    assert "holds no *test*.parquet" in refusal(out.parent)
+
+
+def test_parquet_without_pyarrow_names_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    file = save(tmp_path / "test.parquet", b"PAR1")
+    message = error_of(capsys, lambda: benchmarks.main(["chartqa", str(file), "--out", str(tmp_path / "q.jsonl")]))
+    assert message.endswith("reading parquet needs pyarrow: pip install pyarrow\n")
 
 
 @pytest.mark.parametrize("content, problem", [
