@@ -1,12 +1,12 @@
 """
-An image -> patch features: the vision tower of LLaVA-1.5, CLIP ViT-L/14-336 (any CLIP ViT by its
-config).
+An image -> patch features: LLaVA-1.5's vision tower, CLIP ViT-L/14-336 (any CLIP ViT by config).
 
     pixels = preprocess(load_image("img.jpg"), 336)        # (3, 336, 336)
     features = CLIPVision(vision_config)(pixels[None])     # (1, 576, 1024)
 
 LLaVA reads the *penultimate* layer: the last block and post_layernorm exist in checkpoints and are
-never run. Left out: the text tower, the contrastive loss, and every size that is not square.
+never run.
+Left out: the text tower, the contrastive loss, and every size that is not square.
 Shapes: b batch, S image side, g = S / patch, N = g*g patches, C width, H heads, d = C / H.
 """
 import io

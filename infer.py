@@ -19,16 +19,16 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin stall a busy machine
-import torch  # noqa: E402
+import torch
 
-from clip import FORMATS, BadInput, load_image, printable  # noqa: E402
-from data import draw, metrics  # noqa: E402
-from data.files import read_rows, write_text  # noqa: E402
-from data.questions import read_questions  # noqa: E402
-from data.toy.scenes import SIZES  # noqa: E402
-from model import (KNOWN, ROOT, compile_decode, find_checkpoint, load,  # noqa: E402
+from clip import FORMATS, BadInput, load_image, printable
+from data import draw, metrics
+from data.files import read_rows, write_text
+from data.questions import read_questions
+from data.toy.scenes import SIZES
+from model import (KNOWN, ROOT, compile_decode, find_checkpoint, load,
                    read_family, read_json, run_name)
-from sdrpn import (RPN, Letterbox, answer, load_recipe, make_labels, recipe_for,  # noqa: E402
+from sdrpn import (RPN, Letterbox, answer, load_recipe, make_labels, recipe_for,
                    smooth, teach, teacher_question, teacher_view)
 
 SMALL = 1 << 26  # parameters; a model below this answers fastest on one thread of a CPU

@@ -1,15 +1,15 @@
 """
-Features + words -> words: the projector, the LLaMA decoder, the tokeniser; LLaVA-1.5 whole, and
-loaded.
+Features + words -> words: projector, LLaMA decoder, tokeniser; LLaVA-1.5 whole, and loaded.
 
     m = load("llava-1.5-7b")
     print(m.generate(load_image("img.jpg"), "What is written on the sign?"))
 
 Every size comes from config.json, so the toy and the 13B run through the same lines. Only
 safetensors are read. Another family (backbones/) is a subclass of LLaVA that overrides what
-differs. Left out: sampling, quantisation, rotary scaling, padding (a batch holds prompts of one
-length). Shapes: b batch, T or t tokens, N = h*w image tokens, D hidden width, H heads (Hkv of them
-for k and v), d head size. Layers and heads count from 0.
+differs.
+Left out: sampling, quantisation, rotary scaling, padding (a batch holds prompts of one length).
+Shapes: b batch, T or t tokens, N = h*w image tokens, D hidden width, H heads (Hkv of them for k
+and v), d head size. Layers and heads count from 0.
 """
 import difflib
 import hashlib

@@ -11,9 +11,9 @@ Sec., Eq. and Alg. are those of the paper, arXiv 2509.16944.
     rpn = RPN.load("data/toy/llava-toy/rpn.safetensors", m)
     print(answer(m, rpn, picture, "What number is on the star?").text)
 
-Left out: the training loop (train.py); baselines and ablations (tests/tables.py). Shapes: b batch,
-n turns, m response rows, T tokens, N = h*w image tokens, D hidden width, H heads, d head size. Maps
-are (..., N) row by row, or (h, w); a grid is (h, w), or an int where it is square. Boxes are
+Left out: the training loop (train.py); baselines and ablations (tests/tables.py).
+Shapes: b batch, n turns, T tokens, N = h*w image tokens, D hidden width, H heads, d head size.
+Maps are (..., N) row by row, or (h, w); a grid is (h, w), or an int where it is square. Boxes are
 half-open (x0, y0, x1, y1), in grid cells or in source pixels.
 """
 import json
@@ -129,8 +129,7 @@ def head_lists(m, attention):
 def roi_maps(cache, attention, columns, prompt, rows, softmax):
     """M_RoI of b samples: mean over a sample's rows and over the recipe's (layer, head) pairs.
 
-    cache: keys of everything, queries of the rows. rows: how many each sample has. -> (b, N)
-    float32
+    cache: all keys, and the rows' queries. rows: how many each sample has. -> (b, N) float32
     """
     maps = []
     for layer, heads in attention.items():

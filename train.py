@@ -6,9 +6,9 @@ Images + questions -> an RPN, distilled from the model's own attention: Algorith
     torchrun --nproc_per_node 4 train.py --ckpt llava-1.5-7b
 
 Stopped at any moment, the same command goes on. Everything lands in out/<ckpt name>/ (--out). No
-box and no answer of the data is used. The numbers in train() are the lines of Alg. 1. Left out:
-callbacks, mixed data sets, evaluation of anything but the toy (infer.py --eval does that). Shapes:
-b samples of a group, n turns, T tokens, N = h*w image tokens, D hidden width, H heads.
+box and no answer of the data is used. The numbers in train() are the lines of Alg. 1.
+Left out: callbacks, mixed data sets, evaluation of anything but the toy (infer.py --eval).
+Shapes: b samples of a group, n turns, T tokens, N = h*w image tokens, D hidden width, H heads.
 """
 import argparse
 import contextlib
@@ -58,7 +58,7 @@ def train(args, m, recipe, questions, run):
             with naming(step, group, run):
                 student = None
                 if group[0].labels is None:
-                    student = label(args, m, group, run)  # 6-12: the teacher
+                    student = label(args, m, group)  # 6-12: the teacher
                     made |= {sample.number: (sample.labels, sample.responses) for sample in group}
                 hidden, columns, rows, rope = student or frozen_pass(m, B, group)
                 labels = torch.stack([sample.labels for sample in group]).to(m.device)  # (b, n, N)
@@ -140,7 +140,7 @@ def read_groups(args, m, recipe, questions, run):
             yield groups[key][at:at + most]
 
 
-def label(args, m, group, run):
+def label(args, m, group):
     """Lines 6-12 for a group: every sample gets its labels (n, N) and its responses.
 
     Returns what the student goes on from, or None where it needs a pass of its own: after a
