@@ -549,8 +549,9 @@ def side_by_side(rows, questions, say=print, config=None):
         cells = "".join(f"{text:>{width}}" for _, width, text in measures_of(part, len(names) > 1))
         say(f"{printable(kind)[:24]:24}{len(part):6}{cells}")
     if len(names) > 1:
-        say("lost: plain right, two-stage wrong; won: the reverse; "
-            "recall: the crops cover half of every true box")
+        say("lost: plain right, two-stage wrong; won: the reverse")
+    if any(name == "recall" for name, _, _ in head):
+        say("recall: the crops cover half of every true box")
     benchmark = shared(questions, "benchmark")
     of_one_rule = shared(questions, "metric", "exact") is not None
     if of_one_rule and (benchmark or METRICS[metric].official is not mean_official):
