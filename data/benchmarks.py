@@ -195,7 +195,7 @@ class Benchmark:
     hub: str                 # data set on the hub whose parquet files hold the same
     split: str               # what the names of those files hold ...
     other: str = "\0"        # ... and what they do not
-    columns: dict = field(default_factory=dict)  # of the parquet file: their names in the official
+    official_names: dict = field(default_factory=dict)  # of the parquet columns that differ
 
 
 BENCHMARKS = {
@@ -213,18 +213,18 @@ BENCHMARKS = {
     "chartqa": Benchmark(
         chartqa, lambda r: f"png/{r['imgname']}", json_file, 2500, "chartqa_test",
         dict(metric="relaxed", max_new_tokens=16, tau=0.15), "lmms-lab/ChartQA", "test",
-        columns={"question": "query", "answer": "label"}),
+        official_names={"question": "query", "answer": "label"}),
     "ocrbench": Benchmark(
         ocrbench, lambda r: f"OCRBench_Images/{r['image_path']}", json_file, 1000, "ocrbench",
         dict(metric="ocrbench", max_new_tokens=128, tau=0.05), "echo840/OCRBench", "test",
-        columns={"dataset": "dataset_name", "question_type": "type", "answer": "answers"}),
+        official_names={"dataset": "dataset_name", "question_type": "type", "answer": "answers"}),
     "vstar": Benchmark(
         vstar, lambda r: r["image"], json_lines, 191, "vstar",
         dict(metric="letter", max_new_tokens=16, tau=0.10), "lmms-lab/vstar-bench", "test"),
     "pope": Benchmark(
         pope, lambda r: f"val2014/{r['image']}", json_lines, 9000, "pope",
         dict(metric="pope", max_new_tokens=128, tau=0.15), "lmms-lab/POPE", "test",
-        other="Full/", columns={"question": "text", "answer": "label"}),
+        other="Full/", official_names={"question": "text", "answer": "label"}),
     "hrbench4k": Benchmark(
         hrbench, None, tsv, 800, "hrbench4k",
         dict(metric="hr", max_new_tokens=1024, tau=0.10), "DreamMr/HR-Bench", "4k"),
@@ -281,7 +281,7 @@ def records(name, file):
         yield from benchmark.read(file)
         return
     for row in parquet(file):
-        yield {benchmark.columns.get(column, column): value for column, value in row.items()}
+        yield {benchmark.official_names.get(column, column): value for column, value in row.items()}
 
 
 def locate(root, image):
@@ -329,7 +329,7 @@ def convert(name, files, root, unpacks):
                     image = locate(root, wanted)
                 yield question | {"image": image}, image, wanted
         except KeyError as error:
-            renamed = {new: old for old, new in benchmark.columns.items()} if unpacks else {}
+            renamed = {new: old for old, new in benchmark.official_names.items()} if unpacks else {}
             lacking = renamed.get(error.args[0], error.args[0])
             raise BadInput(f"{file}: near question {number + 1}: no field {lacking!r}; "
                            f"{needs(name)}") from None

@@ -309,15 +309,15 @@ def kinds_official(rows):
 
 # -------------------------------------------------------------------------------------- the metrics
 
-def relaxed(prediction, answers):
+def relaxed_score(prediction, answers):
     return max(relaxed_accuracy(prediction, answer) for answer in answers)
 
 
-def letter(prediction, answers):
+def letter_score(prediction, answers):
     return float(choice_letter(prediction) == answers[0].strip().upper())
 
 
-def hr(prediction, answers, options):
+def hr_score(prediction, answers, options):
     return float(hr_letter(prediction, options or {}) == answers[0].strip().upper())
 
 
@@ -333,10 +333,10 @@ METRICS = {
     "exact": Metric(exact),
     "vqa": Metric(vqa_accuracy),
     "anls": Metric(anls),
-    "relaxed": Metric(relaxed, official=kinds_official),
+    "relaxed": Metric(relaxed_score, official=kinds_official),
     "ocrbench": Metric(ocrbench, field="dataset", official=ocrbench_official),
-    "letter": Metric(letter, official=kinds_official),
-    "hr": Metric(hr, field="options", official=hr_official, details=hr_details),
+    "letter": Metric(letter_score, official=kinds_official),
+    "hr": Metric(hr_score, field="options", official=hr_official, details=hr_details),
     # quirk: POPE wants the bare word, "Yes." is wrong
     "pope": Metric(exact, official=pope_official, details=pope_details),
 }
@@ -389,8 +389,8 @@ PAPER_MODELS = {  # (model_type, decoder layers, hidden width) of config.json: t
     ("qwen2_5_vl", 36, 2048): "Qwen2.5-VL-3B",
     ("qwen2_5_vl", 28, 3584): "Qwen2.5-VL-7B",
 }
-# {model: {benchmark: {figure: (plain, SD-RPN)}}}; None: the paper does not say. OCRBench's points are
-# ten times the percent that it prints.
+# {model: {benchmark: {figure: (plain, SD-RPN)}}}; None: the paper does not say. OCRBench's points
+# are ten times the percent that it prints.
 PAPER = {
     "LLaVA-1.5-7B": {
         "docvqa": {"mean": (21.5, 33.9)}, "chartqa": {"mean": (18.1, 20.1)},
@@ -478,7 +478,7 @@ def overlap(crops, boxes, size):
     return all(map(bool, covered)), float((seen & wanted).sum() / max((seen | wanted).sum(), 1))
 
 
-def columns_of(rows, two_stage):
+def measures_of(rows, two_stage):
     """[(heading, width, text)] of the table's line for these rows."""
     plain = [row["plain"] for row in rows]
     found = [("plain", 8, f"{100 * mean(p['score'] for p in plain):.1f}")]
@@ -543,14 +543,15 @@ def side_by_side(rows, questions, say=print, config=None):
     if len(parts) > 1:
         parts.pop("all", None)  # the questions without a kind have no line of their own
         parts["all"] = rows
-    head = columns_of(rows, len(names) > 1)
+    head = measures_of(rows, len(names) > 1)
     say(f"{'kind':24}{'n':>6}" + "".join(f"{name:>{width}}" for name, width, _ in head))
     for kind, part in parts.items():
-        cells = "".join(f"{text:>{width}}" for _, width, text in columns_of(part, len(names) > 1))
+        cells = "".join(f"{text:>{width}}" for _, width, text in measures_of(part, len(names) > 1))
         say(f"{printable(kind)[:24]:24}{len(part):6}{cells}")
     if len(names) > 1:
-        say("lost: plain right, two-stage wrong; won: the reverse; "
-            "recall: the crops cover half of every true box")
+        say("lost: plain right, two-stage wrong; won: the reverse")
+    if any(name == "recall" for name, _, _ in head):
+        say("recall: the crops cover half of every true box")
     benchmark = shared(questions, "benchmark")
     of_one_rule = shared(questions, "metric", "exact") is not None
     if of_one_rule and (benchmark or METRICS[metric].official is not mean_official):

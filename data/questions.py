@@ -8,11 +8,11 @@
 Left out: the pictures themselves, which are not touched.
 """
 import json
-import os
 import re
 from pathlib import Path
 
 from clip import BadInput
+from data.files import write_text
 from data.metrics import METRICS
 
 
@@ -108,11 +108,5 @@ def checked(q, where, root):
 
 def write_questions(path, images, questions):
     """The file that read_questions reads; whole or not at all. Raises OSError."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "w", encoding="ascii", newline="\n") as file:
-            for line in [{"images": str(images)}, *questions]:
-                file.write(json.dumps(line) + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    lines = [json.dumps(line) + "\n" for line in ({"images": str(images)}, *questions)]
+    write_text(path, "".join(lines))

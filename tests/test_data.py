@@ -605,7 +605,7 @@ def mix(tmp_path):
         out = tmp_path / "mix.jsonl"
         text = "\ufeff" + json.dumps(records, indent=1).replace("\n", "\r\n")   # as a Windows editor would save it
         llava_mix.main([str(save(tmp_path / "mix.json", text)), "--images", str(root), "--out", str(out), *arguments])
-        assert not list(tmp_path.glob("*.part"))
+        assert not list(tmp_path.glob("*.part*"))
         first, *questions = map(json.loads, out.read_text().splitlines())
         assert first == {"images": str(root)}
         return questions
