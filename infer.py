@@ -318,7 +318,8 @@ def evaluate(m, rpn, args):
         return None
     say(f"answers: {path}")
     try:
-        return metrics.side_by_side([rows[i] for i in range(len(questions))], questions, say)
+        rows = [rows[i] for i in range(len(questions))]
+        return metrics.side_by_side(rows, questions, say, m.config)
     except (KeyError, TypeError, AttributeError):
         if len(todo) == len(questions):
             raise
