@@ -442,7 +442,8 @@ def answer(m, rpn, picture, question, mode="mask", tau=0.15, max_new_tokens=128,
     causal decoder does not see it, so its keys, values and hidden states after B layers stay.
     """
     if mode == "plain":
-        return Answer(m.generate(picture, question, max_new_tokens, history))
+        h, w = m.grid_of(picture)
+        return Answer(m.generate(picture, question, max_new_tokens, history), visual_tokens=h * w)
     clock, B = Clock(m.device), rpn.frozen if rpn is not None else 0
     pixels, ids = m.pixels(picture)[None], m.prompt_ids(question, history)
     grid = m.token_grid(pixels)
