@@ -767,7 +767,7 @@ def find_checkpoint(path_or_name):
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface")
     home = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     cached = home / ("models--" + repository.replace("/", "--"))
-    newest = sorted(cached.glob("snapshots/*/config.json"), key=lambda p: p.stat().st_mtime)
+    newest = sorted(cached.glob("snapshots/*/config.json"), key=lambda p: p.parent.stat().st_mtime)
     if newest:
         return newest[-1].parent
     raise BadInput(f"{name} is not on this machine; download it with: hf download {repository} "
