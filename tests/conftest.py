@@ -1,4 +1,29 @@
-"""One thread: the models here are so small that a second one only waits for the first."""
+"""What all tests share: one thread, the project on the path, tiny models read from checkpoint folders.
+
+The models here are so small that a second thread only waits for the first.
+"""
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "golden")]
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def load(tmp_path_factory):
+    """load(config name, dtype, ...): a tiny LLaVA read from a folder written for it; each is made once."""
+    from formula import CONFIGS, write_checkpoint
+    from model import LLaVA
+    loaded = {}
+
+    def load(config, dtype="float32", **how):
+        key = (config, dtype, *how.items())
+        if key not in loaded:
+            folder = write_checkpoint(tmp_path_factory.mktemp(config), CONFIGS[config], **how)
+            loaded[key] = LLaVA.load(folder, device="cpu", dtype=dtype)
+        return loaded[key]
+    return load

@@ -13,16 +13,17 @@ import tempfile
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
 
-from clip import preprocess  # noqa: E402
+from clip import preprocess, to_tensor  # noqa: E402
 from formula import CASES, CONFIGS, picture, prompt, write_checkpoint  # noqa: E402
 from model import LLaVA  # noqa: E402
 
-TOLERANCE = 1e-4                                            # absolute, in float32; ids must be equal
+TOLERANCE = 1e-4  # absolute, in float32; ids must be equal
 
 
 def load_golden(name):
@@ -31,13 +32,22 @@ def load_golden(name):
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
 
 
+def centre_crop(shot, size):
+    """What the library does where it does not pad: the short side to `size`, then the middle -> (3, S, S)."""
+    w, h = shot.size
+    w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+    left, top = (w - size) // 2, (h - size) // 2
+    whole = shot.convert("RGB").resize((w, h), Image.BICUBIC)
+    return to_tensor(whole.crop((left, top, left + size, top + size)))
+
+
 def ours(llava, case):
-    """What our model makes of a case: {golden name: tensor}, in the order of computation. Hooks; the model is not edited."""
+    """What our model makes of a case: {golden name: tensor}, in the order of computation. By hooks alone."""
     shot, decoder, tower = picture(*case["picture"]), llava.language_model, llava.vision_tower
     size = CONFIGS[case["config"]]["vision_config"]["image_size"]
     text = prompt(case["question"], case["history"])
-    got = {"pixel_values": preprocess(shot, size), "pixel_values_crop": preprocess(shot, size, pad=False)}
-    token, count = CONFIGS[case["config"]]["image_token_index"], llava.num_image_tokens
+    got = {"pixel_values": preprocess(shot, size), "pixel_values_crop": centre_crop(shot, size)}
+    token, count = CONFIGS[case["config"]]["image_token_index"], llava.vision_tower.grid ** 2
     got["input_ids"] = torch.tensor([i for t in llava.tokenize(text) for i in ([t] * count if t == token else [t])])
 
     def keep(name):
@@ -47,7 +57,8 @@ def ours(llava, case):
 
     hooks = [tower.pre_layrnorm.register_forward_hook(keep("clip.0")),
              llava.multi_modal_projector.register_forward_hook(keep("projector")),
-             decoder.layers[0].register_forward_pre_hook(keep("layer.in")), decoder.norm.register_forward_hook(keep("norm"))]
+             decoder.layers[0].register_forward_pre_hook(keep("layer.in")),
+             decoder.norm.register_forward_hook(keep("norm"))]
     hooks += [layer.register_forward_hook(keep(f"clip.{n}")) for n, layer in enumerate(tower.encoder.layers, 1)]
     hooks += [layer.register_forward_hook(keep(f"layer.{n}")) for n, layer in enumerate(decoder.layers)]
     logits = llava.logits(shot, text)
@@ -79,12 +90,12 @@ def compare(llava, name, tolerance=TOLERANCE):
             report.append((False, f"[DIFF] {label(key)}: the reference never computes it"))
             continue
         if key in ("layer.in", "norm", "logits") or key.startswith("layer."):
-            tensor = tensor[want["rows"].long()]            # only some positions are stored
+            tensor = tensor[want["rows"].long()]  # only some positions are stored
         if tensor.shape != want[key].shape:
             report.append((False, f"[DIFF] {label(key)}: shape {tuple(tensor.shape)}, not {tuple(want[key].shape)}"))
             continue
         off = (tensor.double() - want[key].double()).abs()
-        ok = bool(off.max() <= (tolerance if want[key].is_floating_point() else 0))         # NaN is not ok
+        ok = bool(off.max() <= (tolerance if want[key].is_floating_point() else 0))  # NaN is not ok
         report.append((ok, f"{'[ok]  ' if ok else '[DIFF]'} {label(key)}: max={off.max():.1e} mean={off.mean():.1e}"))
     return report
 
