@@ -1,7 +1,7 @@
 """Where does parity with the reference break first? Our model against the golden tensors, stage by stage.
 
-    python tests/golden/differ.py               # every case
-    python tests/golden/differ.py grouped       # one
+    python tests/golden/differ.py  # every case
+    python tests/golden/differ.py grouped  # one
 
     [ok]   decoder layer 2: max=2.4e-06 mean=3.1e-07
     [DIFF] decoder layer 3: max=1.7e+00 mean=2.2e-01

@@ -1,4 +1,5 @@
-"""Tiny LLaVAs whose weights and pictures are integer formulas of name and index, so that the golden files hold only inputs and outputs.
+"""Tiny LLaVAs whose weights and pictures are integer formulas of name and index: golden files hold only what comes out.
+
 Nothing here depends on a random number generator: the same numbers come out with every version of numpy and torch.
 
     weight(name, shape)                    one float32 tensor; `name` is the tensor's name as stored on the hub
@@ -21,8 +22,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
-PIECES = 400                                                # size of tokenizer.model; ids from here on have no text
-NEW_TOKENS = 24                                             # greedy tokens per case
+PIECES = 400  # size of tokenizer.model; ids from here on have no text
+NEW_TOKENS = 24  # greedy tokens per case
 
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
@@ -35,7 +36,7 @@ def prompt(question, history=()):
     return f"{SYSTEM} USER: <image>\n" + "USER: ".join(turns)
 
 
-# ---- models: text and vision widths, heads that divide into nothing pretty; keys left out take the reference's defaults
+# ---- models: heads that divide into nothing pretty; keys left out take the reference's defaults
 
 def _config(text, vision, image_token):
     return dict(architectures=["LlavaForConditionalGeneration"], model_type="llava", ignore_index=-100,
@@ -50,30 +51,34 @@ CONFIGS = {
     # rms_norm_eps, rope_theta, num_key_value_heads and the vision defaults are not stated
     "plain": _config(
         dict(vocab_size=413, hidden_size=60, intermediate_size=100, num_hidden_layers=4, num_attention_heads=5),
-        dict(hidden_size=40, intermediate_size=72, num_hidden_layers=4, num_attention_heads=4, patch_size=14, image_size=42),
+        dict(hidden_size=40, intermediate_size=72, num_hidden_layers=4, num_attention_heads=4, patch_size=14,
+             image_size=42),
         image_token=400),
     # six heads share two K/V heads; every epsilon and theta is unusual
     "grouped": _config(
         dict(vocab_size=407, hidden_size=72, intermediate_size=116, num_hidden_layers=6, num_attention_heads=6,
              num_key_value_heads=2, rms_norm_eps=2e-3, rope_theta=500.0),
-        dict(hidden_size=36, intermediate_size=60, num_hidden_layers=5, num_attention_heads=3, patch_size=6, image_size=36,
-             layer_norm_eps=1e-3),
+        dict(hidden_size=36, intermediate_size=60, num_hidden_layers=5, num_attention_heads=3, patch_size=6,
+             image_size=36, layer_norm_eps=1e-3),
         image_token=402),
     # one K/V head for all, an odd patch, one frozen layer
     "shared": _config(
         dict(vocab_size=419, hidden_size=66, intermediate_size=90, num_hidden_layers=3, num_attention_heads=3,
              num_key_value_heads=1, rms_norm_eps=1e-5, rope_theta=10000.0),
-        dict(hidden_size=44, intermediate_size=84, num_hidden_layers=3, num_attention_heads=4, patch_size=7, image_size=35),
+        dict(hidden_size=44, intermediate_size=84, num_hidden_layers=3, num_attention_heads=4, patch_size=7,
+             image_size=35),
         image_token=400),
 }
 
 # rpn = (frozen layers B, RPN layers R)
 CASES = {
     "plain": dict(config="plain", picture=(157, 94, 1), question="What is this?" + SHORT, history=(), rpn=(1, 2)),
-    "grouped": dict(config="grouped", picture=(61, 130, 2), question="Is the red cup left of 12 books?", history=(), rpn=(2, 3)),
+    "grouped": dict(config="grouped", picture=(61, 130, 2), question="Is the red cup left of 12 books?", history=(),
+                    rpn=(2, 3)),
     "turns": dict(config="grouped", picture=(90, 53, 3), question="And who is the author?",
                   history=(("What color is the car?" + SHORT, "dark blue, 40"),), rpn=(2, 3)),
-    "shared": dict(config="shared", picture=(23, 20, 4), question="Où est le chat? 猫 " + SHORT, history=(), rpn=(1, 2)),
+    "shared": dict(config="shared", picture=(23, 20, 4), question="Où est le chat? 猫 " + SHORT, history=(),
+                   rpn=(1, 2)),
 }
 
 
@@ -95,9 +100,9 @@ def weight(name, shape):
         u = 0.1 * u
     elif "norm" in name:
         u = 1 + 0.3 * u
-    elif "embed" in name and "patch" not in name:           # token, position and class embeddings
+    elif "embed" in name and "patch" not in name:  # token, position and class embeddings
         u = 0.5 * u
-    else:                                                   # a matrix; 1.73 makes the variance 1 / fan_in
+    else:  # a matrix; 1.73 makes the variance 1 / fan_in
         gain = {"q": 1.4, "k": 1.4, "lm_head": 2.0}.get(name.split(".")[-2].removesuffix("_proj"), 0.8)
         u = gain * 1.73 / math.sqrt(math.prod(shape[1:])) * u
     return torch.from_numpy(u.astype(np.float32))
@@ -107,7 +112,8 @@ def _block(prefix, text):
     h, i, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
     kv = text.get("num_key_value_heads", heads) * (h // heads)
     sizes = {"input_layernorm": (h,), "post_attention_layernorm": (h,),
-             "self_attn.q_proj": (h, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, h),
+             "self_attn.q_proj": (h, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h),
+             "self_attn.o_proj": (h, h),
              "mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i)}
     return {f"{prefix}.{name}.weight": shape for name, shape in sizes.items()}
 
@@ -171,12 +177,12 @@ def picture(width, height, seed):
 
 _NESTED = [("language_model.lm_head.", "lm_head."), ("language_model.model.", "model.language_model."),
            ("vision_tower.", "model.vision_tower."), ("multi_modal_projector.", "model.multi_modal_projector.")]
-SPELLINGS = {                                               # prefix on the hub -> prefix in this spelling
-    "hub": [],                                              # as published; saved by transformers up to 5.x after from_pretrained
+SPELLINGS = {  # prefix on the hub -> prefix in this spelling
+    "hub": [],  # as published; saved by transformers up to 5.x after from_pretrained
     "hub-top-head": [("language_model.lm_head.", "lm_head.")],
-    "5-saved": [("vision_tower.vision_model.", "vision_tower.")],       # 5.x: built from a config, then saved
-    "4.52": _NESTED,                                        # 4.52 to 4.57 in memory, and raw dumps of that
-    "5": [("vision_tower.vision_model.", "model.vision_tower.")] + _NESTED,             # 5.x in memory
+    "5-saved": [("vision_tower.vision_model.", "vision_tower.")],  # 5.x: built from a config, then saved
+    "4.52": _NESTED,  # 4.52 to 4.57 in memory, and raw dumps of that
+    "5": [("vision_tower.vision_model.", "model.vision_tower.")] + _NESTED,  # 5.x in memory
 }
 
 
@@ -193,14 +199,17 @@ def _modern(config):
     text["rope_parameters"] = {"rope_theta": text.pop("rope_theta", 10000.0), "rope_type": "default"}
     text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
     text.setdefault("num_key_value_heads", text["num_attention_heads"])
-    config = dict(config, text_config=text, dtype=config["torch_dtype"], image_seq_length=576, multimodal_projector_bias=True)
+    config = dict(config, text_config=text, dtype=config["torch_dtype"], image_seq_length=576,
+                  multimodal_projector_bias=True)
     del config["torch_dtype"], config["vocab_size"]
     return config
 
 
 def write_checkpoint(folder, config, spelling="hub", shards=1, sentencepiece_model=None, dtype=torch.float32):
-    """Writes config.json, preprocessor_config.json, tokenizer.model and the weights, in one file or in shards with an index.
-    "4.52" also carries buffers that a loader ignores; "5" and "5-saved" come with the newer config.json."""
+    """Writes config.json, preprocessor_config.json, tokenizer.model and the weights, in one file or in shards.
+
+    "4.52" also carries buffers that a loader ignores; "5" and "5-saved" come with the newer config.json.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     vision = config["vision_config"]
@@ -211,23 +220,27 @@ def write_checkpoint(folder, config, spelling="hub", shards=1, sentencepiece_mod
         found["model.language_model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(half)
         found["model.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(grid * grid + 1)[None]
     config = dict(config, torch_dtype=str(dtype).removeprefix("torch."))
-    dump = lambda name, value: (folder / name).write_text(json.dumps(value, indent=2) + "\n")
+
+    def dump(name, value):
+        (folder / name).write_text(json.dumps(value, indent=2) + "\n")
     if spelling.startswith("5"):
         config = _modern(config)
-    if spelling == "5":                                     # seen elsewhere; 5.x itself keeps image_token_index
+    if spelling == "5":  # seen elsewhere; 5.x itself keeps image_token_index
         config["image_token_id"] = config.pop("image_token_index")
     dump("config.json", config)
     dump("preprocessor_config.json", dict(
-        image_processor_type="CLIPImageProcessor", do_convert_rgb=True, do_resize=True, size={"shortest_edge": size}, resample=3,
-        do_center_crop=True, crop_size={"height": size, "width": size}, do_rescale=True, rescale_factor=1 / 255, do_normalize=True,
-        image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711]))
+        image_processor_type="CLIPImageProcessor", do_convert_rgb=True, do_resize=True, size={"shortest_edge": size},
+        resample=3, do_center_crop=True, crop_size={"height": size, "width": size}, do_rescale=True,
+        rescale_factor=1 / 255, do_normalize=True, image_mean=[0.48145466, 0.4578275, 0.40821073],
+        image_std=[0.26862954, 0.26130258, 0.27577711]))
     shutil.copy(sentencepiece_model or HERE / "tokenizer.model", folder / "tokenizer.model")
     if shards == 1:
         save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
     where = {name: f"model-{n % shards + 1:05d}-of-{shards:05d}.safetensors" for n, name in enumerate(found)}
     for file in sorted(set(where.values())):
-        save_file({name: t for name, t in found.items() if where[name] == file}, folder / file, metadata={"format": "pt"})
+        part = {name: t for name, t in found.items() if where[name] == file}
+        save_file(part, folder / file, metadata={"format": "pt"})
     total = sum(t.numel() * t.element_size() for t in found.values())
     dump("model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
     return folder
