@@ -1,0 +1,252 @@
+"""The shape of the house: what imports what, what runs alone, how wide and how long the code may be."""
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FIVE = ["clip.py", "model.py", "sdrpn.py", "train.py", "infer.py"]
+PRODUCT = [ROOT / name for name in FIVE] + sorted([*ROOT.glob("backbones/**/*.py"), *ROOT.glob("data/**/*.py")])
+TESTS = sorted(ROOT.glob("tests/**/*.py"))
+TOY = ROOT / "data" / "toy" / "llava-toy"
+ALLOWED = {"torch", "safetensors", "sentencepiece", "PIL", "numpy"}
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def parse(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def every(check, paths):
+    """check(path) -> what is wrong there; the list of all of it must be empty."""
+    assert len(paths) > 4
+    return [f"{name_of(path)}: {fault}" for path in paths for fault in check(path)]
+
+
+# ---- width and length
+
+@pytest.mark.parametrize("paths, most", [(PRODUCT, 100), (TESTS, 120)])
+def test_columns(paths, most):
+    def wide(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [f"line {n} has {len(line)} columns" for n, line in enumerate(lines, 1) if len(line) > most]
+    assert every(wide, paths) == []
+
+
+def length(function, lines):
+    """Lines of code of a function: its docstring, comments and blank lines are not counted."""
+    inner = set(range(function.lineno, function.end_lineno + 1))
+    first = function.body[0]
+    if ast.get_docstring(function, clean=False) is not None:
+        inner -= set(range(first.lineno, first.end_lineno + 1))
+    code = [lines[n - 1].strip() for n in inner]
+    return sum(bool(line) and not line.startswith("#") for line in code)
+
+
+def test_what_is_counted():
+    text = 'def f(a,\n      b):\n    """One.\n\n    Two."""\n\n    # why\n    return a  # and b\n'
+    assert length(ast.parse(text).body[0], text.splitlines()) == 3
+
+
+def test_a_function_fits_a_screen():
+    def long(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        functions = [node for node in ast.walk(parse(path)) if isinstance(node, ast.FunctionDef)]
+        sizes = [(f.name, length(f, lines)) for f in functions]
+        return [f"{name} has {size} lines" for name, size in sizes if size > 50]
+    assert every(long, PRODUCT) == []
+
+
+# ---- one act a line
+
+def test_no_expression_stands_for_its_side_effect():
+    def golf(path):
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Expr) and isinstance(node.value, (ast.BoolOp, ast.IfExp, ast.ListComp, ast.Tuple)):
+                yield f"line {node.lineno}: an expression as a statement"
+            if isinstance(node, ast.Call):
+                values = [*node.args, *(keyword.value for keyword in node.keywords)]
+                if any(isinstance(value, ast.NamedExpr) for value in values):
+                    yield f"line {node.lineno}: := among arguments"
+    assert every(golf, PRODUCT) == []
+
+
+def test_one_statement_a_line():
+    def packed(path):
+        for node in ast.walk(parse(path)):
+            for body in (getattr(node, field, None) for field in ("body", "orelse", "finalbody")):
+                if not isinstance(body, list):
+                    continue
+                starts = [statement.lineno for statement in body]
+                if len(set(starts)) < len(starts) or node.__dict__.get("lineno") in starts:
+                    yield f"line {starts[0]}: two statements on it"
+    assert every(packed, PRODUCT) == []
+
+
+# ---- arrows
+
+def imports(path):
+    """Dotted names of all modules that a file imports, wherever in it; a sibling by the name of its package."""
+    found = set()
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found.add(node.module)
+            if node.module in ("data", "backbones", "data.toy"):  # from data import draw
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    package = "" if path.parent == ROOT else ".".join(path.parent.relative_to(ROOT).parts) + "."
+    return {package + name if (path.parent / f"{name}.py").is_file() else name for name in found}
+
+
+def ours(path):
+    top = {Path(name).stem for name in FIVE} | {"data", "backbones", "tests"}
+    return {name for name in imports(path) if name.split(".")[0] in top}
+
+
+def may_import(path):
+    """-> a function that says whether a file of the product may import a module of ours."""
+    name = name_of(path)
+    data = {"clip", "data"} | ({"model"} if name == "data/toy/pretrain.py" else set())
+    below = {"clip.py": set(), "model.py": {"clip"}, "sdrpn.py": {"clip", "model"},
+             "train.py": {"clip", "model", "sdrpn", "data"}, "infer.py": {"clip", "model", "sdrpn", "data"}}
+    allowed = below.get(name, {"clip", "model", "backbones"} if name.startswith("backbones/") else data)
+    return lambda module: module.split(".")[0] in allowed
+
+
+def test_imports_point_one_way():
+    def wrong(path):
+        may = may_import(path)
+        return [f"imports {module}" for module in sorted(ours(path)) if not may(module)]
+    assert every(wrong, PRODUCT) == []
+    assert ours(ROOT / "sdrpn.py") == {"clip", "model"} and "data.run" in ours(ROOT / "train.py")  # it sees something
+
+
+def test_only_tests_import_train_or_infer():
+    def wrong(path):
+        return [f"imports {module}" for module in ours(path) & {"train", "infer"}]
+    assert every(wrong, PRODUCT) == []
+
+
+def test_run_time_packages():
+    def foreign(path):
+        tops = {module.split(".")[0] for module in imports(path) - ours(path)}
+        return sorted(tops - set(sys.stdlib_module_names) - ALLOWED - {"__future__"})
+    assert {fault.split(": ")[1] for fault in every(foreign, PRODUCT)} <= {"pyarrow"}
+    holders = [path for path in PRODUCT if "pyarrow" in path.read_text(encoding="utf-8")]
+    for path in holders:  # inside the function that needs it, not where the file is read
+        top = [n for n in parse(path).body if isinstance(n, (ast.Import, ast.ImportFrom))]
+        assert not any("pyarrow" in ast.dump(node) for node in top)
+    assert len(holders) <= 1
+
+
+@pytest.mark.parametrize("name", ["sdrpn.py", "train.py", "infer.py"])
+def test_no_family_is_named(name):
+    found = re.findall(r"qwen|deepseek", (ROOT / name).read_text(encoding="utf-8"), re.IGNORECASE)
+    assert found == []
+
+
+# ---- what runs alone
+
+def python(*arguments, cwd, path=None):
+    """Run Python as a user would, elsewhere, with nothing of this process but the environment's own packages."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSTARTUP")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True,
+                          text=True, timeout=120)
+
+
+@pytest.fixture
+def places(tmp_path):
+    """An empty folder to copy into, and another to stand in."""
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    return tmp_path / "alone", tmp_path / "elsewhere"
+
+
+EXAMPLES = """
+import sys
+sys.path.insert(0, {folder!r})
+import doctest, {module}
+result = doctest.testmod({module})
+ours = [name for name in sys.modules if name.split(".")[0] in ("clip", "model", "sdrpn", "train", "infer", "data")]
+print(result.attempted, result.failed, *sorted(ours))
+"""
+
+
+@pytest.mark.parametrize("files", [["clip.py"], ["clip.py", "model.py"], ["clip.py", "model.py", "sdrpn.py"]])
+def test_it_runs_alone_with_its_examples(places, files):
+    folder, elsewhere = places
+    for name in files:
+        shutil.copy(ROOT / name, folder)
+    module = files[-1].removesuffix(".py")
+    run = python("-c", EXAMPLES.format(folder=str(folder), module=module), cwd=elsewhere)
+    assert run.returncode == 0, run.stderr
+    attempted, failed, *loaded = run.stdout.split()[-2 - len(files):]
+    assert int(attempted) > 0 and failed == "0", run.stdout
+    assert loaded == sorted(name.removesuffix(".py") for name in files)
+
+
+SCRIPT = """
+import sys
+from clip import load_image
+from model import load
+from sdrpn import RPN, answer
+
+m = load(sys.argv[1])
+rpn = RPN.load(sys.argv[1], m)
+result = answer(m, rpn, load_image(sys.argv[2]), sys.argv[3])
+print(result.text, len(result.boxes))
+"""
+
+
+def test_a_students_script_beside_three_copied_files(places):
+    """The toy's folder, its bundled RPN, a picture: the answer, and that it looked twice."""
+    from data.toy.scenes import ToyQuestions
+    from model import load
+    from sdrpn import RPN, answer
+    folder, elsewhere = places
+    picture, q = ToyQuestions("house", 1)[0]
+    picture.save(elsewhere / "scene.png")
+    for name in ("clip.py", "model.py", "sdrpn.py"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "ask.py").write_text(SCRIPT)
+    run = python(folder / "ask.py", TOY, "scene.png", q["question"][0], cwd=elsewhere)
+    assert run.returncode == 0 and run.stderr == "", run.stderr
+    m = load(TOY, "cpu", "float32")
+    want = answer(m, RPN.load(TOY, m), picture, q["question"][0])
+    assert want.text and len(want.boxes) == 1
+    assert run.stdout == f"{want.text} {len(want.boxes)}\n"
+
+
+@pytest.mark.parametrize("script", ["train.py", "infer.py", "data/toy/scenes.py"])
+def test_a_package_named_data_elsewhere_is_not_ours(places, script):
+    stranger, elsewhere = places
+    for name in ("data", "data/toy"):
+        (stranger / name).mkdir()
+        (stranger / name / "__init__.py").write_text("raise SystemExit('a stranger')")
+    run = python(ROOT / script, "--help", cwd=elsewhere, path=stranger)
+    assert run.returncode == 0 and "usage:" in run.stdout, run.stderr
+
+
+def test_a_backbone_that_is_not_there_is_named(places):
+    """A config.json of another family beside copied files: one line that says which file to copy."""
+    folder, elsewhere = places
+    for name in ("clip.py", "model.py"):
+        shutil.copy(ROOT / name, folder)
+    (elsewhere / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    code = f"import sys; sys.path.insert(0, {str(folder)!r})\nimport model\nmodel.load('.')"
+    run = python("-c", code, cwd=elsewhere)
+    assert run.returncode != 0
+    assert "needs backbones/qwen2_5_vl.py beside model.py; copy it there" in run.stderr.splitlines()[-1]
