@@ -449,6 +449,7 @@ class LLaVA(nn.Module):
         """
         first = position + cache.shift
         rope = self.rope(torch.arange(first, first + max_new_tokens, device=self.device))
+        rope = rope.transpose(0, 1).contiguous()  # (steps, 2, d): of each step with the same strides
         answers = [[] for _ in range(len(last_hidden))]
         unended = list(answers)  # the answer that each row of the batch goes on with, or None
         for step in range(max_new_tokens):
@@ -467,7 +468,7 @@ class LLaVA(nn.Module):
             column = position + step
             if self.static is not None:
                 column = torch.tensor([column], device=self.device)
-            last_hidden = self.advance(tokens, cache, column, rope[:, step:step + 1])
+            last_hidden = self.advance(tokens, cache, column, rope[step][:, None])
         return answers
 
     def choose(self, last_hidden):
