@@ -449,7 +449,7 @@ class LLaVA(nn.Module):
         """
         first = position + cache.shift
         rope = self.rope(torch.arange(first, first + max_new_tokens, device=self.device))
-        rope = rope.transpose(0, 1).contiguous()  # (steps, 2, d): of each step with the same strides
+        rope = rope.transpose(0, 1).contiguous()  # (steps, 2, d), equal strides in each
         answers = [[] for _ in range(len(last_hidden))]
         unended = list(answers)  # the answer that each row of the batch goes on with, or None
         for step in range(max_new_tokens):

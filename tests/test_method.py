@@ -538,7 +538,7 @@ def free_answers(m, decoded, n):
 
 
 def by_attention(config):
-    """A criterion that removes about every fourth token of the classroom's pictures, no map being near its threshold."""
+    """Removes some tokens of the classroom's pictures, and no map has a value near the threshold."""
     threshold = {"grouped": 9e-4, "shared": 3.7e-4}[config]
     return {"kind": "attention", "attention": {"0": None}, "threshold": threshold}
 
