@@ -124,8 +124,9 @@ def trained(args, row, seed):
     flags.seed, flags.samples = seed, flags.samples or args.samples
     flags.max_new_tokens = args.max_new_tokens or flags.max_new_tokens
     flags.out = args.out / run_name(args.ckpt) / folder_name(args, row, seed)
-    flags.fresh = args.fresh and flags.out not in args.made
-    args.made.add(flags.out)
+    path, flags.fresh = flags.out / "rpn.safetensors", args.fresh
+    if path in args.made:
+        return path  # for another row of this table
     train.check_flags(flags)
     say(f"--- {flags.out.name}")
     with ablations.training(row.ablation):
@@ -135,7 +136,8 @@ def trained(args, row, seed):
                 train.train(flags, m, recipe, questions, run)
         finally:
             run.close()
-    return flags.out / "rpn.safetensors"
+    args.made.add(path)
+    return path
 
 
 def folder_name(args, row, seed):
