@@ -1,0 +1,1 @@
+"""The paper's other families, one file each: what differs from LLaVA, nothing else."""
