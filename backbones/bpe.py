@@ -1,15 +1,16 @@
 """
-Text <-> ids by byte-level BPE, read from a checkpoint's tokenizer.json: the tokeniser of DeepSeek-VL and Qwen2.5-VL.
+Text <-> ids by byte-level BPE, read from a checkpoint's tokenizer.json (DeepSeek-VL, Qwen2.5-VL).
 
     bpe = BPE("deepseek-vl-1.3b-chat/tokenizer.json")
     bpe.encode("Hello world")               # [17464, 1843]
     bpe.decode([17464, 1843])               # "Hello world"
     bpe.token_id("<image_placeholder>")     # 100015
 
-Four steps: added tokens are split off by their content; the normaliser; the pre-tokeniser's rules cut what lies between
-into pieces, each rule within the pieces of the one before; the bytes of each piece are merged, pair by pair, in the order
-in which the pairs were learnt. All rules are the file's own; only their regular expressions are translated for `re`.
-Left out: training a vocabulary, and every tokenizer.json that is not byte-level BPE (those are refused).
+Four steps: added tokens are split off by their content; the normaliser; the pre-tokeniser's rules
+cut what lies between into pieces, each rule within the pieces of the one before; the bytes of each
+piece are merged, pair by pair, in the order in which the pairs were learnt. All rules are the
+file's own; only their regular expressions are translated for `re`.
+Left out: training a vocabulary; a tokenizer.json that is not byte-level BPE is refused.
 """
 import functools
 import re
@@ -20,26 +21,30 @@ from pathlib import Path
 from clip import BadInput
 from model import read_json
 
-SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's; Python's \s also takes \x1c-\x1f
+# Unicode's white space, for inside a class; Python's \s also takes \x1c to \x1f
+SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 
-# -------------------------------------------------------------------------------------------- the file's rules
+# -------------------------------------------------------------------------------- the file's rules
 
 @functools.cache
 def members(category):
-    """The inside of a character class that holds a Unicode category, e.g. "L" (letters) or "Nd" (decimal digits).
+    """A Unicode category ("L" letters, "N" digits, ...) as the inside of a character class.
 
-    >>> members("Zs")
-    '\\\\U00000020-\\\\U00000020\\\\U000000a0-\\\\U000000a0\\\\U00001680-\\\\U00001680\\\\U00002000-\\\\U0000200a\
-\\\\U0000202f-\\\\U0000202f\\\\U0000205f-\\\\U0000205f\\\\U00003000-\\\\U00003000'
+    >>> members("Zl")
+    '\\\\U00002028-\\\\U00002028'
     """
-    inside = [unicodedata.category(chr(i)).startswith(category) for i in range(sys.maxunicode + 1)] + [False]
-    edges = [i for i in range(len(inside)) if inside[i] != inside[i - 1]]  # first, last + 1, first, last + 1, ...
-    return "".join(rf"\U{a:08x}-\U{b - 1:08x}" for a, b in zip(edges[::2], edges[1::2], strict=True))
+    every = range(sys.maxunicode + 1)
+    inside = [unicodedata.category(chr(i)).startswith(category) for i in every] + [False]
+    edges = [i for i in range(len(inside)) if inside[i] != inside[i - 1]]  # first, end, first, ...
+    runs = zip(edges[::2], edges[1::2], strict=True)
+    return "".join(rf"\U{first:08x}-\U{end - 1:08x}" for first, end in runs)
 
 
 def translate(pattern):
-    r"""A regular expression of tokenizer.json -> the same for `re`: \s and \p{..} are spelled out, $ is the end of the piece.
+    r"""A regular expression of tokenizer.json -> the same for `re`, which lacks \p{..}.
+
+    Here $ is the end of the piece, and \s what Unicode calls white space.
 
     >>> translate(r"\s+$") == f"[{SPACE}]+\\Z"
     True
@@ -77,7 +82,7 @@ def isolate(pattern, text):
 
 
 def read_rule(rule):
-    """One entry of the pre-tokeniser -> a compiled pattern to isolate. Raises ValueError for one we do not know."""
+    """One entry of the pre-tokeniser -> a compiled pattern to isolate, or ValueError."""
     if rule["type"] == "Digits" and rule["individual_digits"]:
         return re.compile(f"[{members('N')}]")
     if rule["type"] == "Split" and rule["behavior"] == "Isolated" and not rule["invert"]:
@@ -93,11 +98,12 @@ def flatten(part, key):
     return part[key] if part["type"] == "Sequence" else [part]
 
 
-# ------------------------------------------------------------------------------------------------------- bytes
+# ------------------------------------------------------------------------------------------ bytes
 
 def byte_letters():
-    """The 256 characters in which tokenizer.json writes bytes: printable ones stand for themselves, the others
-    (space, control, ...) for the characters from 256 on, in order.
+    """The 256 characters in which tokenizer.json writes bytes.
+
+    A printable one stands for itself, the others (space, control, ...) get those from 256 on.
 
     >>> letters = byte_letters()
     >>> letters[ord("A")], letters[ord(" ")], letters[ord("\\n")], len(set(letters))
@@ -109,7 +115,7 @@ def byte_letters():
 
 
 def merge(symbols, ranks):
-    """Join pairs of neighbours until none is left that was learnt, the pair learnt first (lowest rank) first.
+    """Join neighbours until no pair is left that was learnt; the lowest rank (learnt first) first.
 
     >>> merge(list("hello"), {("l", "o"): 0, ("h", "e"): 1, ("l", "lo"): 2})
     ['he', 'llo']
@@ -127,14 +133,15 @@ def merge(symbols, ranks):
     return symbols
 
 
-# --------------------------------------------------------------------------------------------------- tokeniser
+# -------------------------------------------------------------------------------------- tokeniser
 
 class BPE:
-    """The tokeniser of one tokenizer.json. Attributes: path, size (largest id + 1; later rows of the model have no text).
+    """The tokeniser of one tokenizer.json. Attributes: path, size (largest id + 1).
 
-    Added tokens are of two kinds. Special ones (<|im_start|>, end of sentence, ...) belong to the template, so typed by a
-    user they stay text. Ordinary ones are text that never merges, DeepSeek's 13 letters ("ü", ...) among them: the
-    characters of the bytes that UTF-8 never uses, for which the reference library's decoder prints U+FFFD.
+    Added tokens are of two kinds. Special ones (<|im_start|>, end of sentence, ...) belong to the
+    template, so typed by a user they stay text. Ordinary ones are text that never merges. Among
+    them are 13 letters of DeepSeek's ("ü", ...): the names of bytes that UTF-8 never uses, which
+    the reference library's decoder therefore prints as U+FFFD; here they are what they look like.
     Raises BadInput for a file that is missing, damaged or of another kind.
     """
 
@@ -144,12 +151,14 @@ class BPE:
         try:
             self.read(content)
         except (KeyError, TypeError, ValueError, AttributeError, re.error) as e:
-            raise BadInput(f"{path}: not byte-level BPE as in DeepSeek-VL and Qwen2.5-VL ({str(e)[:80]}); "
-                           "use the tokenizer.json of this checkpoint") from None
+            raise BadInput(f"{path}: not byte-level BPE as in DeepSeek-VL and Qwen2.5-VL "
+                           f"({str(e)[:80]}); use the tokenizer.json of this checkpoint") from None
 
     def read(self, content):
+        """The content of tokenizer.json -> attributes; any of many errors if another kind."""
         model, added = content["model"], content["added_tokens"]
-        if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or model.get("ignore_merges"):
+        other = model.get("byte_fallback") or model.get("ignore_merges")
+        if other or model.get("type", "BPE") != "BPE":
             raise ValueError(f"model {model.get('type')}")
         normalizers = [part["type"] for part in flatten(content.get("normalizer"), "normalizers")]
         if normalizers not in ([], ["NFC"]):
@@ -172,14 +181,14 @@ class BPE:
         self.size = 1 + max(*self.texts, *added_ids)
 
     def token_id(self, content):
-        """The id of a token by its content, e.g. "<|im_start|>". Raises BadInput if the vocabulary lacks it."""
+        """The id of a token, e.g. "<|im_start|>"; BadInput if the vocabulary lacks it."""
         for table in (self.special, self.ordinary, self.vocab):
             if content in table:
                 return table[content]
-        raise BadInput(f"{self.path}: no token {content}; use the tokenizer.json of this checkpoint")
+        raise BadInput(f"{self.path}: no token {content}; use this checkpoint's tokenizer.json")
 
     def encode(self, text, special=False):
-        """Text -> ids. special=True: special tokens are taken by their content too, as in a rendered template."""
+        """Text -> ids; special=True takes special tokens by content too, as in a template."""
         added = self.ordinary | (self.special if special else {})
         if not added:
             return self.encode_ordinary(text)
@@ -197,11 +206,12 @@ class BPE:
         ids = []
         for piece in pieces:
             symbols = [self.letters[byte] for byte in piece.encode("utf-8", "replace")]
-            ids += [self.vocab[s] for s in merge(symbols, self.ranks) if s in self.vocab]  # a byte without a token: dropped
+            symbols = merge(symbols, self.ranks)
+            ids += [self.vocab[s] for s in symbols if s in self.vocab]  # a byte without token: dropped
         return ids
 
     def decode(self, ids):
-        """Ids -> text; special tokens and ids without text leave nothing, bytes that are no UTF-8 become U+FFFD."""
+        """Ids -> text; special tokens and unknown ids leave nothing, bad UTF-8 becomes U+FFFD."""
         content = {i: token.encode() for token, i in self.ordinary.items()}
         byte_of = {letter: byte for byte, letter in enumerate(self.letters)}
         text = b""
