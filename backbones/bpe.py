@@ -178,6 +178,9 @@ class BPE:
         self.ordinary = {token["content"]: token["id"] for token in added if not token["special"]}
         added_ids = {*self.special.values(), *self.ordinary.values()}
         self.texts = {i: token for token, i in self.vocab.items() if i not in added_ids}
+        foreign = set("".join(self.texts.values())) - set(self.letters)
+        if foreign:
+            raise ValueError(f"a token holds {min(foreign)!r}, which stands for no byte")
         self.size = 1 + max(*self.texts, *added_ids)
 
     def token_id(self, content):
@@ -205,9 +208,9 @@ class BPE:
             pieces = [part for piece in pieces for part in isolate(rule, piece)]
         ids = []
         for piece in pieces:
-            symbols = [self.letters[byte] for byte in piece.encode("utf-8", "replace")]
-            symbols = merge(symbols, self.ranks)
-            ids += [self.vocab[s] for s in symbols if s in self.vocab]  # a byte without token: dropped
+            letters = [self.letters[byte] for byte in piece.encode("utf-8", "replace")]
+            known = [letter for letter in letters if letter in self.vocab]  # a byte may have no token
+            ids += [self.vocab[symbol] for symbol in merge(known, self.ranks)]
         return ids
 
     def decode(self, ids):
