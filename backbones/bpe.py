@@ -209,7 +209,7 @@ class BPE:
         ids = []
         for piece in pieces:
             letters = [self.letters[byte] for byte in piece.encode("utf-8", "replace")]
-            known = [letter for letter in letters if letter in self.vocab]  # a byte may have no token
+            known = [letter for letter in letters if letter in self.vocab]  # a byte may lack one
             ids += [self.vocab[symbol] for symbol in merge(known, self.ranks)]
         return ids
 
