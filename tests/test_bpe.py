@@ -25,15 +25,15 @@ def deepseek():
     return BPE(GOLDEN / "deepseek_tokenizer.json")
 
 
-def hand_made(tmp_path, rules, merges=(), added=(), normalizer=None, **model):
+def hand_made(tmp_path, rules, merges=(), added=()):
     """A tokenizer.json whose first 256 ids are the bytes; every merge appends the next id."""
     vocab = {letter: byte for byte, letter in enumerate(LETTERS)}
     for merge in merges:
         vocab.setdefault(merge.replace(" ", ""), len(vocab))
     last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    content = {"normalizer": normalizer, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*rules, last]},
-               "model": {"type": "BPE", "vocab": vocab, "merges": list(merges)} | model,
-               "added_tokens": [dict(id=len(vocab) + n, content=text, special=special) for n, (text, special) in enumerate(added)]}
+    added = [dict(id=len(vocab) + n, content=text, special=special) for n, (text, special) in enumerate(added)]
+    content = {"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*rules, last]},
+               "model": {"type": "BPE", "vocab": vocab, "merges": list(merges)}, "added_tokens": added}
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content), encoding="utf-8")
     return path
@@ -78,13 +78,13 @@ def test_merges_may_be_pairs_too(tmp_path):
 
 
 def test_each_rule_splits_the_pieces_of_the_one_before(tmp_path):
-    """Letters first, so the digits of the second rule never meet them, and `$` is the end of a piece, not of the text."""
+    """Letters first, so the digits of the second rule never meet them; `$` is the end of a piece, not of the text."""
     merges = ["a b", "1 2", "b 1", "Ġ Ġ"]
     bpe = BPE(hand_made(tmp_path, [split("[a-z]+"), {"type": "Digits", "individual_digits": True}], merges))
     assert bpe.encode("ab12") == [256, ord("1"), ord("2")]
     bpe = BPE(hand_made(tmp_path, [split("[a-z]+"), split(r"\s$")], merges))
     space = LETTERS.index("Ġ")
-    assert bpe.encode("  a") == [space, space, ord("a")]  # two pieces: the last space before the letters is one of its own
+    assert bpe.encode("  a") == [space, space, ord("a")]  # the last space before the letters is cut off by `\s$`
     assert bpe.encode("a12") == [ord("a"), 257]
 
 

@@ -3,8 +3,8 @@
     write_checkpoint(folder, CONFIGS["hybrid"])     config.json, tokenizer.json, weights: a folder for --ckpt
     shapes(TRUE_CONFIGS["deepseek-vl-7b"])          every tensor of the real one: {name on the hub: shape}
 
-The tokeniser (deepseek_tokenizer.json) is a small one of the real one's shape: the same chain of splits with fewer letters,
-no token for the 13 bytes that UTF-8 never uses, the 13 letters and the special tokens added.
+The tokeniser (deepseek_tokenizer.json) is a small one of the real one's shape: the same chain of splits with fewer
+letters, no token for the 13 bytes that UTF-8 never uses, the 13 letters and the special tokens added.
 """
 import json
 import shutil
@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from formula import HERE, weight
 
-SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-          "provides, and assist the user with a variety of tasks using natural language.")
+SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the visual content that the "
+          "user provides, and assist the user with a variety of tasks using natural language.")
 BOS, EOS, IMAGE = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<image_placeholder>"
 TOKENIZER = HERE / "deepseek_tokenizer.json"
 NEW_TOKENS = 16
@@ -46,7 +46,8 @@ def _plain(text, width, tower):
 def _hybrid(text, width, high, low):
     params = dict(concat_type="tuple", freeze_high=True, freeze_low=True, high_res_cfg=high, low_res_cfg=low)
     return _config(text, dict(cls="HybridVisionTower", params=params),
-                   dict(input_dim=width, n_embed=text.get("hidden_size", 4096), projector_type="low_high_hybrid_split_mlp_gelu"))
+                   dict(input_dim=width, n_embed=text.get("hidden_size", 4096),
+                        projector_type="low_high_hybrid_split_mlp_gelu"))
 
 
 # rms_norm_eps and rope_theta are never stated; the real ones' tower sizes hang on model_name alone
@@ -59,8 +60,8 @@ CONFIGS = {
     "hybrid": _hybrid(
         dict(vocab_size=409, hidden_size=72, intermediate_size=116, num_hidden_layers=5, num_attention_heads=6,
              max_position_embeddings=512),
-        40, _tower("sam_b_downsample", 80, width=44, layers=5, heads=4, patch_size=8, window_size=4, prompt_embed_dim=10,
-                   global_attn_indexes=[1, 3], downsample_channels=[14, 18]),
+        40, _tower("sam_b_downsample", 80, width=44, layers=5, heads=4, patch_size=8, window_size=4,
+                   prompt_embed_dim=10, global_attn_indexes=[1, 3], downsample_channels=[14, 18]),
         _tower("siglip_large_patch16_384", 36, width=40, layers=2, heads=5, patch_size=6, mlp_ratio=4)),
 }
 TRUE_CONFIGS = {
@@ -75,13 +76,13 @@ TRUE_CONFIGS = {
 TEXT_DEFAULTS = dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32)
 TOWER_DEFAULTS = {
     "siglip_large_patch16_384": dict(width=1024, layers=24, heads=16, patch_size=16, mlp_ratio=4),
-    "sam_b_downsample": dict(width=768, layers=12, heads=12, patch_size=16, mlp_ratio=4, window_size=14, prompt_embed_dim=256,
-                             global_attn_indexes=[2, 5, 8, 11], downsample_channels=[512, 1024]),
+    "sam_b_downsample": dict(width=768, layers=12, heads=12, patch_size=16, mlp_ratio=4, window_size=14,
+                             prompt_embed_dim=256, global_attn_indexes=[2, 5, 8, 11], downsample_channels=[512, 1024]),
 }
 # region: a box of cells (x0, y0, x1, y1) and which of them are kept, row by row; rpn = (frozen layers B, RPN layers R)
 CASES = {
-    "deepseek_siglip": dict(config="siglip", picture=(157, 94, 1), question="What is written on the 12 signs?", history=(),
-                            rpn=(1, 2), region=((1, 1, 4, 4), "110 111 010")),
+    "deepseek_siglip": dict(config="siglip", picture=(157, 94, 1), question="What is written on the 12 signs?",
+                            history=(), rpn=(1, 2), region=((1, 1, 4, 4), "110 111 010")),
     "deepseek_hybrid": dict(config="hybrid", picture=(61, 130, 2), question="Où est le chat, Führer? 猫",
                             history=(("What color is the car?", "dark blue, 40"),), rpn=(2, 3),
                             region=((2, 1, 5, 4), "111 011 001")),
@@ -165,7 +166,8 @@ def write_checkpoint(folder, config, shards=1, dtype=torch.float32):
     """A folder as deepseek-ai publishes it, in one file or in shards with an index."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": str(dtype).removeprefix("torch.")}, indent=2))
+    config = config | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
     shutil.copy(TOKENIZER, folder / "tokenizer.json")
     found = {name: t.to(dtype) for name, t in tensors(config).items()}
     if shards == 1:
@@ -173,6 +175,7 @@ def write_checkpoint(folder, config, shards=1, dtype=torch.float32):
         return folder
     where = {name: f"model-{n % shards + 1:05d}-of-{shards:05d}.safetensors" for n, name in enumerate(found)}
     for file in sorted(set(where.values())):
-        save_file({name: t for name, t in found.items() if where[name] == file}, folder / file, metadata={"format": "pt"})
+        part = {name: t for name, t in found.items() if where[name] == file}
+        save_file(part, folder / file, metadata={"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return folder

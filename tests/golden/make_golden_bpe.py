@@ -1,9 +1,9 @@
-"""Makes bpe.json and deepseek_tokenizer.json: two small vocabularies of the two families' shapes, and the ids of some texts.
+"""Makes bpe.json and deepseek_tokenizer.json: small vocabularies of the two families' shapes, the ids of some texts.
 
     python tests/golden/make_golden_bpe.py                     # in an environment with tokenizers (0.23)
     python tests/golden/make_golden_bpe.py qwen.tiktoken       # also compares Qwen's whole vocabulary on random texts
 
-Everything that the project's bpe.py does is done here by the `tokenizers` library. qwen.tiktoken lies in PyPI's dashscope.
+All that the project's bpe.py does is done here by the `tokenizers` library. qwen.tiktoken lies in PyPI's dashscope.
 """
 import base64
 import json
@@ -24,15 +24,17 @@ UNUSED = "øöúÿõ÷ûýÀùÁþü"                                           
 QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
         r"\s*[\r\n]+|\s+(?!\S)|\s+")
 CORPUS = [
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, ",
-    "and assist the user with a variety of tasks using natural language.\n\nUser: What is written on the red sign over the "
-    "door?\nAnswer the question using a single word or phrase.\n\nAssistant: exit, the exit is on the left", "Where is the cat?",
-    "What color is the car? dark blue. How many books are there on the table? 40 books, 12 plates and 3 cups", "système naïve café",
-    "Où est le chat? Führer, Straße, Öl. naïve cafés", "中文，测试。这是什么？红色的牌子上写着什么？", "12,345.67 + 89 = ???  x_y (a) [b]",
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user ",
+    "provides, and assist the user with a variety of tasks using natural language.\n\nUser: What is written on the "
+    "red sign over the door?\nAnswer the question using a single word or phrase.\n\nAssistant: exit, the exit is on the left",
+    "What color is the car? dark blue. How many books are there on the table? 40 books, 12 plates and 3 cups",
+    "Where is the cat?", "système naïve café", "Où est le chat? Führer, Straße, Öl. naïve cafés",
+    "中文，测试。这是什么？红色的牌子上写着什么？", "12,345.67 + 89 = ???  x_y (a) [b]",
 ]
 TEXTS = [
-    "", " ", "  \n", "Hello world", "User: ", "Assistant:", "What is this?\n", "Don't count 12,345 naïve cafés!", "e\u0301 Ü ü",
-    "中文，测试。", "Führer", "øöúÿõ÷ûýÀùÁþü", "  two  spaces ", "a\x1cb\x1f c\x85d\xa0e\u3000f\u2028g", "line\r\n\r\nline\n", "tab\t\tend\t",
+    "", " ", "  \n", "Hello world", "User: ", "Assistant:", "What is this?\n", "Don't count 12,345 naïve cafés!",
+    "e\u0301 Ü ü", "中文，测试。", "Führer", "øöúÿõ÷ûýÀùÁþü", "  two  spaces ", "line\r\n\r\nline\n", "tab\t\tend\t",
+    "a\x1cb\x1f c\x85d\xa0e\u3000f\u2028g",
     "IT'S we'LL I'm", "½ Ⅷ ٣", "👍🏽 ok", "’quoted‘ “x”", "~`^_|", "<|im_start|>user\n", "<tool_call>{}</tool_call>",
     "<image_placeholder> typed", "日本語 한국어", "x\u0338>\u0338", "ΩΛЖя Ẁ ʔ", "http://x.y/z?a=1&b=2", "\ufeff\x00\x07",
 ]
@@ -52,7 +54,8 @@ def finish(tokenizer, special, ordinary, last=()):
 
 def train(tokenizer, size, unused=""):
     alphabet = [c for c in pre_tokenizers.ByteLevel.alphabet() if c not in unused]
-    tokenizer.train_from_iterator(CORPUS * 3, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS * 3, trainer)
 
 
 def small_deepseek():
@@ -77,7 +80,7 @@ def small_qwen():
 
 
 def whole_qwen(path):
-    """Qwen's published vocabulary: {bytes: rank}; the pair that makes a token is what its bytes merge to with lower ranks."""
+    """Qwen's published vocabulary: bytes and ranks; a token's pair is what its bytes merge to by lower ranks."""
     from backbones.bpe import byte_letters
     letters = byte_letters()
     lines = (line.split() for line in Path(path).read_bytes().splitlines())
@@ -100,7 +103,8 @@ def random_text(rng):
     for _ in range(rng.randint(0, 9)):
         start = rng.choice(TEXTS)
         character = chr(rng.choice([rng.randint(32, 126), rng.randint(0xa0, 0x24ff), rng.randint(0x2500, 0x1ffff)]))
-        text += start[rng.randint(0, 9):] if rng.random() < 0.7 or unicodedata.category(character) in ("Cn", "Cs") else character
+        known = unicodedata.category(character) not in ("Cn", "Cs")
+        text += character if known and rng.random() < 0.3 else start[rng.randint(0, 9):]
     return text
 
 
