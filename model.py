@@ -47,6 +47,8 @@ KNOWN = {
 FAMILIES = {
     "llava": ("model", "LLaVA"),
     "multi_modality": ("backbones.deepseek_vl", "DeepSeekVL"),
+    "deepseek_vl": ("backbones.deepseek_vl", "DeepSeekVL"),  # ports, refused with the name to use
+    "deepseek_vl_hybrid": ("backbones.deepseek_vl", "DeepSeekVL"),
     "qwen2_5_vl": ("backbones.qwen2_5_vl", "Qwen2_5VL"),
 }
 # What LlamaConfig and CLIPVisionConfig assume where config.json is silent, as the 7B's mostly is.

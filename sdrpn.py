@@ -719,12 +719,12 @@ def load_recipe(folder):
             raise BadInput(f"{path}: {', '.join(wrong)}: missing, or not of this model; "
                            "`python tests/tables.py heads` prints a recipe")
         return recipe
-    released, key = RECIPES | family.recipes, (config["model_type"], depth, width)
-    if key not in released:
-        raise BadInput(f"{folder}: no recipe.json, and no released recipe for {depth} layers of "
-                       f"{width}; `python tests/tables.py heads --ckpt {folder}` finds layers and "
-                       "heads and prints one")
-    return released[key]
+    released = (RECIPES | family.recipes).get((config["model_type"], depth, width), {})
+    if "attention" not in released:  # none, or a part, whose note says so
+        note = released.get("note", f"no released recipe for {depth} layers of {width}")
+        raise BadInput(f"{folder}: no recipe.json, and {note}; `python tests/tables.py heads "
+                       f"--ckpt {folder}` finds layers and heads and prints one")
+    return released
 
 
 def recipe_for(recipe, kind):

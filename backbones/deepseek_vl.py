@@ -13,14 +13,24 @@ Left out: SigLIP's pooled output (attn_pool), dropout, other towers that the ori
 Shapes: b batch, S image side, g grid, N = g*g image tokens, C width, H heads, d = C / H,
 D the decoder's width; in SAM m cells a side of a window, or of the whole picture.
 """
+import re
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from clip import MEAN, STD
+from backbones.bpe import BPE
+from clip import MEAN, PAD_COLOUR, STD, BadInput
+from model import (KNOWN, TEXT_DEFAULTS, LLaVA, check_number, check_whole, read_text_sizes, refuse,
+                   wider)
 
+SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the visual "
+          "content that the user provides, and assist the user with a variety of tasks using "
+          "natural language.")
+BOS, EOS, IMAGE = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<image_placeholder>"
+GREY = (127, 127, 127)  # what the 1.3B pads with; the 7B: LLaVA's colour
 MIN_SIDE = 14  # pixels (preprocessor_config.json: min_size), so that no strip vanishes
 TOWERS = {  # config.json only says a tower's name (model_name); the sizes behind it
     "siglip_large_patch16_384": dict(
@@ -197,8 +207,8 @@ class SAMAttention(nn.Module):
         at = q.unflatten(2, (m, m))  # (b, H, m, m, d): the query of the cell in row y, column x
         rows = torch.einsum("bHyxd,ykd->bHyxk", at, by_distance(self.rel_pos_h, m))
         columns = torch.einsum("bHyxd,xkd->bHyxk", at, by_distance(self.rel_pos_w, m))
-        shift = rows[..., :, None] + columns[..., None, :]  # (b, H, m, m, m, m)
-        shift = shift.reshape(b, self.heads, m * m, m * m)
+        shift = rows.contiguous()[..., :, None] + columns.contiguous()[..., None, :]
+        shift = shift.view(b, self.heads, m * m, m * m)  # from (b, H, m, m, m, m)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=shift)  # (b, H, m*m, d)
         return self.proj(y.transpose(1, 2).reshape(b, m, m, C))
 
@@ -282,7 +292,8 @@ class SAM(nn.Module):
         """(b, cells, cells, C) -> (b, C', g, g)"""
         x = neck(x.permute(0, 3, 1, 2))  # (b, 256, cells, cells)
         side = 4 * self.grid
-        x = F.interpolate(x.float(), (side, side), mode="bilinear").to(x.dtype)  # (b, 256, 4g, 4g)
+        wide = x.to(wider(x.dtype))
+        x = F.interpolate(wide, (side, side), mode="bilinear").to(x.dtype)  # (b, 256, 4g, 4g)
         for convolution in self.downsamples:
             x = convolution(x)  # (b, 512, 2g, 2g), then (b, 1024, g, g)
         return x
@@ -328,3 +339,190 @@ class HybridAligner(nn.Module):
         high, low = x.split(self.split, -1)
         x = torch.cat([self.high_up_proj(high), self.low_up_proj(low)], -1)  # (b, n, D)
         return self.layers(x)
+
+
+# ------------------------------------------------------------------------------------ DeepSeek-VL
+
+class DeepSeekVL(LLaVA):
+    """LLaVA with SigLIP and perhaps SAM as its eyes, an aligner as its projector, another prompt.
+
+    Checkpoints: deepseek-ai/deepseek-vl-1.3b-chat and -7b-chat (model_type multi_modality).
+    """
+    recipes = {  # B and R alone; the rest was never published
+        ("multi_modality", 24, 2048): dict(
+            frozen=9, layers=3, note="of the authors' recipe only B = 9 and R = 3 are known"),
+        ("multi_modality", 30, 4096): dict(
+            frozen=11, layers=3, note="the authors' recipe is unknown but for R = 3; B = 11 is our "
+                                      "guess, the 1.3B's share of the layers"),
+    }
+
+    def __init__(self, config, tokenizer):
+        ids = {"image_token": tokenizer.token_id(IMAGE), "eos_ids": [tokenizer.token_id(EOS)]}
+        super().__init__(config | ids, tokenizer)
+
+    def build_tower(self):
+        vision, D = self.config["vision"], self.config["hidden_size"]
+        self.siglip, self.sam = SigLIP(vision["low"]), None
+        if vision["high"] is None:
+            self.aligner = Aligner(vision["low"]["width"], D)
+        else:
+            self.sam = SAM(vision["high"], self.siglip.grid)
+            channels = vision["high"]["downsample_channels"][-1]
+            self.aligner = HybridAligner(channels, vision["low"]["width"], D)
+
+    # ---- words
+
+    def prompt_ids(self, question, history=()):
+        """The chat prompt as ids, one image_token where the image goes.
+
+        history = ((question, answer), ...). Texts are stripped as DeepSeek-VL does; its special
+        tokens are placed here alone: typed by a user they stay text.
+        """
+        encode, (eos,) = self.tokenizer.encode, self.config["eos_ids"]
+        ids = [self.tokenizer.token_id(BOS), *encode(f"{SYSTEM}\n\nUser: ")]
+        ids.append(self.config["image_token"])
+        for turn, (q, a) in enumerate([*history, (question, None)]):
+            asked = f"\n{q.rstrip()}" if turn == 0 else f"User: {q.strip()}"
+            if a is None:
+                ids += encode(f"{asked}\n\nAssistant:")
+            else:
+                ids += [*encode(f"{asked}\n\nAssistant: {a.strip()}"), eos]
+        return ids
+
+    def tokenize(self, prompt_text):
+        """A rendered prompt with one <image_placeholder>, without BOS -> ids, one for the image."""
+        bos = self.tokenizer.token_id(BOS)
+        return [bos, *self.tokenizer.encode(prompt_text, special=True)]
+
+    @property
+    def pieces(self):
+        return self.tokenizer.size
+
+    # ---- pictures
+
+    def pixels(self, picture, box=None):
+        """A picture, or of it a box in source pixels -> (3, S, S) float32 in [0, 1].
+
+        S is SAM's side, or SigLIP's where there is no SAM. Crops are stretched as LLaVA's are: no
+        other rule was published.
+        """
+        picture = picture.convert("RGB")
+        size = (self.sam or self.siglip).image_size
+        if box is None:
+            colour = GREY if self.sam is None else PAD_COLOUR
+            return to_unit(resize_and_pad(picture, size, colour))
+        return to_unit(picture.crop(box).resize((size, size), Image.BILINEAR))
+
+    def token_grid(self, pixels):
+        return self.siglip.grid, self.siglip.grid
+
+    def grid_of(self, picture):
+        return self.siglip.grid, self.siglip.grid
+
+    def features(self, pixels):
+        """(b, 3, S, S) -> (b, N, C); with SAM (b, N, C' + C), SAM's features first.
+
+        SigLIP then sees the same square, made smaller as floats.
+        """
+        pixels = pixels.to(self.device)
+        if self.sam is None:
+            return self.siglip(pixels)
+        side = self.siglip.image_size
+        small = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+        return torch.cat([self.sam(pixels), self.siglip(small)], -1)
+
+    def project(self, features):
+        return self.aligner(features)
+
+    # ---- what a checkpoint of this family looks like
+
+    @classmethod
+    def read_config(cls, folder, config):
+        """config.json's content -> the decoder's sizes, the towers' under "vision", and flags.
+
+        Raises BadInput on what is nonsense, not DeepSeek-VL, or a port under other names.
+        """
+        path = folder / "config.json"
+        if config.get("model_type") != "multi_modality":
+            size = "7b" if "high_res_vision_config" in config else "1.3b"
+            raise BadInput(f"{path}: a port of DeepSeek-VL with tensors under other names; use the "
+                           f"original, {KNOWN[f'deepseek-vl-{size}']}")
+        text = read_text_sizes(path, config.get("language_config"), TEXT_DEFAULTS)
+        towers = read_towers(path, config.get("vision_config"))
+        check_aligner(path, config.get("aligner_config"), text["hidden_size"], towers)
+        return text | {"vision": towers, "tied": bool(text.get("tie_word_embeddings", False))}
+
+    @staticmethod
+    def read_tokenizer(folder, config):
+        tokenizer = BPE(folder / "tokenizer.json")
+        if tokenizer.size > config["vocab_size"]:
+            raise BadInput(f"{tokenizer.path}: {tokenizer.size} tokens, but config.json has "
+                           f"{config['vocab_size']} embeddings; use the tokenizer.json of this "
+                           "checkpoint")
+        return tokenizer
+
+    @staticmethod
+    def canonical(name):
+        name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
+        name = re.sub(r"^language_model\.model\.", "language_model.", name)
+        name = re.sub(r"^vision_model\.vision_tower(_low)?\.vision_tower\.", "siglip.", name)
+        return re.sub(r"^vision_model\.vision_tower_high\.vision_tower\.", "sam.", name)
+
+    def ignored(self, key):
+        """Tensors that checkpoints hold and nothing reads: SigLIP's pooling, two norms, buffers."""
+        return (key.startswith(("siglip.attn_pool.", "vision_model.high_layer_norm.",
+                                "vision_model.low_layer_norm."))
+                or key.endswith("rotary_emb.inv_freq"))
+
+
+def read_towers(path, given):
+    """vision_config -> {"low": SigLIP's sizes, "high": SAM's or None}. Raises BadInput."""
+    params = given.get("params") if isinstance(given, dict) else None
+    if not isinstance(params, dict):
+        raise BadInput(f"{path}: vision_config.params must be an object; download it again")
+    siglip, sam = TOWERS
+    if given.get("cls") == "CLIPVisionTower":
+        return {"low": read_tower(path, params, siglip), "high": None}
+    if given.get("cls") == "HybridVisionTower":
+        return {"low": read_tower(path, params.get("low_res_cfg"), siglip),
+                "high": read_tower(path, params.get("high_res_cfg"), sam)}
+    raise BadInput(f"{path}: vision_config.cls {str(given.get('cls'))[:40]} is unknown; "
+                   "CLIPVisionTower (1.3B) and HybridVisionTower (7B) are supported")
+
+
+def read_tower(path, given, name):
+    """One tower's object -> its sizes: those it spells out, else those behind its name."""
+    found = given.get("model_name") if isinstance(given, dict) else given
+    if found != name:
+        raise BadInput(f"{path}: tower {str(found)[:40]} where {name} is expected; use "
+                       f"{KNOWN['deepseek-vl-1.3b']} or {KNOWN['deepseek-vl-7b']}")
+    c = TOWERS[name] | {key: given[key] for key in TOWERS[name] if key in given}
+    check_number(path, c, "mlp_ratio")
+    lists = ("global_attn_indexes", "downsample_channels")
+    check_whole(path, c, *(key for key in c if key not in ("mlp_ratio", *lists)))
+    for key, most in zip(lists, (c["layers"], 1 << 20)):
+        numbers = c.get(key, [0])
+        whole = isinstance(numbers, list) and all(type(n) is int for n in numbers)
+        if not whole or not numbers or not all(0 <= n < most for n in numbers):
+            raise BadInput(f"{path}: {key} = {str(numbers)[:40]} is no list of sensible numbers; "
+                           "download it again")
+    refuse(path, [
+        (given.get("select_layer", -1) != -1, "select_layer must be -1"),
+        (given.get("select_feature", "same") != "same", "select_feature must be same"),
+        (c["width"] % c["heads"] != 0, "the tower's width is not a multiple of its heads"),
+        (c["image_size"] < c["patch_size"], "image_size is smaller than patch_size"),
+        (len(c.get("downsample_channels", "12")) != 2, "downsample_channels must be two")])
+    return c
+
+
+def check_aligner(path, given, width, towers):
+    """Is aligner_config the one for these towers? Raises BadInput."""
+    params = given.get("params") if isinstance(given, dict) else None
+    if not isinstance(params, dict):
+        raise BadInput(f"{path}: aligner_config.params must be an object; download it again")
+    kind = "mlp_gelu" if towers["high"] is None else "low_high_hybrid_split_mlp_gelu"
+    refuse(path, [
+        (params.get("projector_type") != kind, f"projector_type must be {kind} for its towers"),
+        (params.get("depth", 2) != 2, "the aligner's depth must be 2"),
+        (params.get("n_embed", width) != width, "the aligner's n_embed is not the hidden_size"),
+        (width % 2 != 0, "hidden_size must be even")])
