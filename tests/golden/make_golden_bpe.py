@@ -25,8 +25,8 @@ QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L
         r"\s*[\r\n]+|\s+(?!\S)|\s+")
 CORPUS = [
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user ",
-    "provides, and assist the user with a variety of tasks using natural language.\n\nUser: What is written on the "
-    "red sign over the door?\nAnswer the question using a single word or phrase.\n\nAssistant: exit, the exit is on the left",
+    "provides, and assist the user with a variety of tasks using natural language.\n\nUser: What is written on the ",
+    "red sign over the door?\nAnswer the question using a single word or phrase.\n\nAssistant: exit, it is on the left",
     "What color is the car? dark blue. How many books are there on the table? 40 books, 12 plates and 3 cups",
     "Where is the cat?", "système naïve café", "Où est le chat? Führer, Straße, Öl. naïve cafés",
     "中文，测试。这是什么？红色的牌子上写着什么？", "12,345.67 + 89 = ???  x_y (a) [b]",

@@ -203,8 +203,9 @@ def main():
         path = HERE / f"{name}.safetensors"
         save_file(tensors_, path, metadata)
         path.chmod(0o644)
+        tokens = [tensors_[key].tolist() for key in ("tokens", "crop.tokens")]
         print(f"{path.name}  {path.stat().st_size // 1024} KB  T={len(tensors_['argmax'])}  "
-              f"std={tensors_['logits'].std():.2f}  {tensors_['tokens'].tolist()}  {tensors_['crop.tokens'].tolist()}  {metadata}")
+              f"std={tensors_['logits'].std():.2f}  {tokens}  {metadata}")
 
 
 if __name__ == "__main__":
