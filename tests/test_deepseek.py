@@ -1,4 +1,4 @@
-"""DeepSeek-VL against another library's outputs (tests/golden/make_golden_deepseek.py), by hand, and from end to end."""
+"""DeepSeek-VL: another library's outputs (tests/golden/make_golden_deepseek.py), by hand, and from end to end."""
 import json
 import shutil
 import signal
@@ -122,7 +122,7 @@ def test_prompt_by_hand(models):
 
 
 def test_sides_are_rounded_down_and_strips_keep_14_rows():
-    """A 61 x 130 picture at 80: 61 / 130 * 80 = 37.5, so 37 columns, 21 left of them, 22 right. 300 x 3 keeps 14 rows."""
+    """A 61 x 130 picture at 80: 61 / 130 * 80 = 37.5, so 37 columns, 21 before, 22 behind. 300 x 3 keeps 14 rows."""
     square = to_unit(resize_and_pad(Image.new("RGB", (61, 130), "white"), 80, (0, 0, 0)))
     assert square.shape == (3, 80, 80) and square[0, 40].nonzero().flatten().tolist() == [*range(21, 58)]
     strip = to_unit(resize_and_pad(Image.new("RGB", (300, 3), "white"), 80, (0, 0, 0)))
@@ -156,8 +156,8 @@ def test_sam_attention_is_softmax_with_decomposed_distances():
 
 
 def test_padding_of_sams_windows_attends():
-    """A 3 x 3 map in windows of 2: its last cell shares a window with three of padding. Were they masked, it would attend
-    to itself alone, and what attention says there would be proj(v) of that cell."""
+    """A 3 x 3 map in windows of 2: its last cell shares a window with three of padding. Were they masked, it would
+    attend to itself alone, and what attention says there would be proj(v) of that cell."""
     torch.manual_seed(0)
     block = SAMBlock(4, 1, 8, window=2, cells=3)
     for p in block.parameters():
@@ -330,7 +330,7 @@ def questions_file(folder):
     folder.mkdir()
     for n, size in enumerate([(64, 48), (40, 80), (50, 50)]):
         picture(*size, n).save(folder / f"{n}.png")
-    asked = ["What is this?", "Where is the cat?", "What color is it?", ["Who is it?", "Where?"], "What is this?", "How?"]
+    asked = ["What is this?", "Where is the cat?", "What color is it?", ["Who?", "Where?"], "What is this?", "How?"]
     lines = [json.dumps({"image": f"{n % 3}.png", "question": q, "id": n}) for n, q in enumerate(asked)]
     (folder / "questions.jsonl").write_text("\n".join(lines))
     return folder / "questions.jsonl"
