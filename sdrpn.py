@@ -719,12 +719,18 @@ def load_recipe(folder):
             raise BadInput(f"{path}: {', '.join(wrong)}: missing, or not of this model; "
                            "`python tests/tables.py heads` prints a recipe")
         return recipe
-    released = (RECIPES | family.recipes).get((config["model_type"], depth, width), {})
-    if "attention" not in released:  # none, or a part, whose note says so
+    released = released_recipe(family, config)
+    if "attention" not in released:
         note = released.get("note", f"no released recipe for {depth} layers of {width}")
         raise BadInput(f"{folder}: no recipe.json, and {note}; `python tests/tables.py heads "
                        f"--ckpt {folder}` finds layers and heads and prints one")
     return released
+
+
+def released_recipe(family, config):
+    """What was released for a model of this shape: a recipe, a part of one (B, R and a note), or {}."""
+    key = config["model_type"], config["num_hidden_layers"], config["hidden_size"]
+    return (RECIPES | family.recipes).get(key, {})
 
 
 def recipe_for(recipe, kind):

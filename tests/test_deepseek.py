@@ -1,4 +1,5 @@
 """DeepSeek-VL: another library's outputs (tests/golden/make_golden_deepseek.py), by hand, and from end to end."""
+import doctest
 import json
 import shutil
 import signal
@@ -22,8 +23,8 @@ from backbones.deepseek_vl import DeepSeekVL, SAMAttention, SAMBlock, resize_and
 from clip import BadInput  # noqa: E402
 from deepseek_formula import CASES, CONFIGS, EOS, IMAGE, SYSTEM, TRUE_CONFIGS, shapes, write_checkpoint  # noqa: E402
 from formula import picture  # noqa: E402
-from model import KNOWN, FAMILIES, find_checkpoint, load  # noqa: E402
-from sdrpn import RPN, Crop, Region, answer, find_regions, load_recipe  # noqa: E402
+from model import KNOWN, FAMILIES, find_checkpoint, load, read_family  # noqa: E402
+from sdrpn import RPN, Crop, Region, answer, find_regions, load_recipe, released_recipe  # noqa: E402
 
 RECIPE = dict(
     attention={"1": [1]}, softmax="image", sink=dict(kind="norm", c=3.0), frozen=1, layers=2, tau=0.4,
@@ -313,6 +314,12 @@ def test_names():
             find_checkpoint(KNOWN[name])
 
 
+def test_examples_in_docstrings():
+    for module in ("bpe", "deepseek_vl"):
+        result = doctest.testmod(sys.modules[f"backbones.{module}"])
+        assert result.attempted > 3 and result.failed == 0
+
+
 def test_no_recipe_names_the_head_finder(folders, tmp_path):
     """The published part is told, for the true sizes only."""
     with pytest.raises(BadInput, match="no released recipe.*tables.py heads --ckpt"):
@@ -321,6 +328,8 @@ def test_no_recipe_names_the_head_finder(folders, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(TRUE_CONFIGS[name]))
         with pytest.raises(BadInput, match=words + ".*tables.py heads"):
             load_recipe(tmp_path)
+        part = released_recipe(*read_family(tmp_path))
+        assert (part["frozen"], part["layers"]) == ({"deepseek-vl-1.3b": 9, "deepseek-vl-7b": 11}[name], 3)
 
 
 # ---- from end to end
