@@ -245,7 +245,7 @@ def golden(case):
             "two.tokens": torch.tensor(tokens).int()}
     assert min(margin, margin2) > 1e-3, (margin, margin2)
     for found in (out["tokens"], out["two.tokens"]):
-        assert not {PIECES, PIECES + 2} & set(found.tolist()) and len(set(found.tolist())) > 6, found
+        assert not {PIECES, PIECES + 2} & set(found.tolist()) and len(set(found.tolist())) > 4, found
     notes = dict(prompt=prompt(case["question"], case["history"]), grid=f"{h} {w}", smallest_margin=f"{min(margin, margin2):.4f}",
                  made_with=f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, "
                            f"tokenizers {tokenizers.__version__}")

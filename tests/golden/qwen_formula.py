@@ -102,7 +102,7 @@ def weight(name, shape):
     elif name.endswith("embed_tokens.weight"):
         u = 0.5 * u
     else:                                                   # a matrix; 1.73 makes the variance 1 / fan_in
-        gain = {"q_proj": 2.0, "k_proj": 2.0, "qkv": 1.4, "lm_head": 2.0}.get(name.split(".")[-2], 1.3)
+        gain = {"q_proj": 1.4, "k_proj": 1.4, "lm_head": 2.0}.get(name.split(".")[-2], 1.0)
         u = gain * 1.73 / math.sqrt(math.prod(shape[1:])) * u
     return torch.from_numpy(u.astype("float32"))
 
