@@ -471,11 +471,15 @@ def read_eos(folder, text):
 
 
 def read_budget(folder):
-    """preprocessor_config.json's least and most pixels, in either spelling; the published without."""
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
+    """The least and most pixels of the picture processor, in any spelling; the published without."""
+    path, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if path.is_file():
+        given = read_json(path)
+    elif newer.is_file():
+        path, given = newer, read_json(newer).get("image_processor")
+    else:
         return PUBLISHED_BUDGET
-    given = read_json(path)
+    given = given if isinstance(given, dict) else {}
     size = given.get("size") if isinstance(given.get("size"), dict) else {}
     least = given.get("min_pixels", size.get("shortest_edge", size.get("min_pixels")))
     most = given.get("max_pixels", size.get("longest_edge", size.get("max_pixels")))
