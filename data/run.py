@@ -86,15 +86,18 @@ class Labels:
     def load(self, path):
         """-> samples, their targets (n, N), their n responses."""
         with safe_open(path, framework="pt") as f:
-            targets = f.get_tensor("targets").split(f.get_tensor("turns").tolist())
+            shapes = f.get_tensor("shapes").tolist()
+            parts = f.get_tensor("targets").split([n * N for n, N in shapes])
+            targets = [part.view(shape) for part, shape in zip(parts, shapes)]
             return f.get_tensor("samples").tolist(), targets, json.loads(f.metadata()["responses"])
 
     def write(self, name, made):
         """made: {sample: (targets (n, N), responses)}"""
         path = self.folder / f"{name}.safetensors"
         targets, responses = zip(*made.values())
-        tensors = {"samples": torch.tensor(list(made)), "targets": torch.cat(targets),
-                   "turns": torch.tensor([len(t) for t in targets])}
+        tensors = {"samples": torch.tensor(list(made)),
+                   "targets": torch.cat([t.flatten() for t in targets]),  # grids may differ
+                   "shapes": torch.tensor([t.shape for t in targets])}  # (n, N) of each sample
         metadata = {"responses": json.dumps(responses)}
         write_file(path, lambda partial: save_file(tensors, partial, metadata=metadata))
         self.where |= {i: (path, row) for row, i in enumerate(made)}

@@ -4,7 +4,7 @@ The library knows nothing of a second look: its outputs for that are those of a 
 """
 import json
 import os
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -369,3 +369,84 @@ def test_the_next_position_is_not_the_caches_length(checkpoint):
     del m.decode
     assert seen["shift"] == 6 - 12
     assert KVCache(m, 1, 8).shift == 0
+
+
+# ---- end to end
+
+SIZES = (200, 100), (100, 200), (150, 150), (300, 120), (90, 200), (180, 170)
+RECIPE = dict(
+    attention={"1": [2]}, softmax="sequence", sink=None, frozen=2, layers=2, tau=0.3, budget=[40 * 784, 70 * 784],
+    labels=dict(grow=0, min_peak=1e-4, padding="background"),
+    kinds={"ocr_vqa": {"square": True},
+           "gqa": dict(attention={"1": [0]}, request="Give the box.",
+                       sink=dict(kind="attention", attention={"0": None}, threshold=0.5))},
+    train=dict(lr=1e-2, warmup=0.1, betas=[0.9, 0.999], epochs=2, batch_size=4, grad_accum=1, clip=1.0))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny Qwen with a recipe of two kinds; pictures of six shapes, two questions each, and a conversation."""
+    folder = tmp_path_factory.mktemp("world")
+    write_checkpoint(folder / "tiny-qwen", TINY["tied"], budget=(20 * 784, 60 * 784))
+    (folder / "tiny-qwen" / "recipe.json").write_text(json.dumps(RECIPE))
+    rows = []
+    for n, size in enumerate(SIZES):
+        picture(*size, n).save(folder / f"{n}.png")
+        ask = f"What is number {n}?\nAnswer the question using a single word or phrase."
+        rows += [dict(image=f"{n}.png", question=ask, kind=kind) for kind in ("gqa", "ocr_vqa")]
+    rows.append(dict(image="1.png", question=["Is it red?", "And the cat?"], kind="ocr_vqa"))
+    rows = [row | dict(id=f"q{n}", answers=["a"]) for n, row in enumerate(rows)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def training(world, out, *more):
+    return [str(word) for word in (
+        "--ckpt", world / "tiny-qwen", "--data", world / "questions.jsonl", "--out", out, "--device", "cpu",
+        "--dtype", "float64", "--max-new-tokens", 3, "--save-every", 0, *more)]
+
+
+def both(world, folder):
+    """train.py in two processes, as torchrun starts them; out/last goes to `folder`."""
+    script, port = folder / "run.py", socket.create_server(("localhost", 0))
+    script.write_text(f"import pathlib, sys\nsys.path[:0] = [{str(ROOT)!r}]\nimport train\n"
+                      f"train.report = lambda *a: None\n"
+                      f"train.ROOT = pathlib.Path({str(folder)!r})\ntrain.main()\n")
+    told = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port.getsockname()[1]), OMP_NUM_THREADS="1")
+    port.close()
+    return [subprocess.Popen([sys.executable, str(script), *training(world, folder / "two")], stderr=open(folder / "said", "a"),
+                             env=os.environ | told | dict(RANK=rank, LOCAL_RANK=rank)) for rank in "01"]
+
+
+def test_two_processes_stopped_and_resumed_train_one_rpn(world, tmp_path, monkeypatch):
+    """Killed in the middle and run again, two processes learn what one learns; then infer.py answers with it."""
+    import train
+    monkeypatch.setattr(train, "report", lambda *a: None)  # TEMP
+    monkeypatch.setattr(train, "ROOT", tmp_path)  # where out/last goes
+    train.main(training(world, tmp_path / "one"))
+    log = tmp_path / "two" / "log.jsonl"
+    running = both(world, tmp_path)
+    while not log.exists() or log.read_text().count("\n") < 3:
+        assert all(process.poll() is None for process in running), (tmp_path / "said").read_text()
+        time.sleep(0.005)
+    for process in running:
+        process.kill()
+        process.wait()
+    assert not (tmp_path / "two" / "rpn.safetensors").exists()
+    assert [process.wait(timeout=300) for process in both(world, tmp_path)] == [0, 0], (tmp_path / "said").read_text()
+    assert "going on at step" in (tmp_path / "said").read_text()
+    with safe_open(tmp_path / "one" / "rpn.safetensors", "pt") as one, safe_open(tmp_path / "two" / "rpn.safetensors", "pt") as two:
+        names = set(one.keys())
+        assert names == set(two.keys()) and "model.twig_norm.weight" not in names
+        assert "model.twig_layers.1.self_attn.q_proj.bias" in names
+        assert max((one.get_tensor(name) - two.get_tensor(name)).abs().max() for name in names) < 1e-9
+    losses = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(losses) == 8 and sum(row["tokens"] for row in losses) > 100 and losses[-1]["loss"] < losses[0]["loss"]
+
+    m = load(world / "tiny-qwen", dtype="float64")
+    rpn = RPN.load(tmp_path / "two", m)
+    for n, size in enumerate(SIZES):
+        shot = picture(*size, n)
+        found = answer(m, rpn, shot, "Where is it?", tau=0.05)
+        assert found.logits.shape == m.grid_of(shot)
+        assert all(0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1] for x0, y0, x1, y1 in found.boxes)
