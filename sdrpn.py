@@ -106,10 +106,15 @@ def teacher_question(recipe, question):
 
     >>> teacher_question({"request": "Give the box."}, "Who?\nAnswer briefly.")
     'Who?\nGive the box.'
+    >>> teacher_question({"request": "Give the box."}, "Who?")
+    'Who?\nGive the box.'
     """
     if "request" not in recipe:
         return question
-    return question.rpartition("\n")[0] + "\n" + recipe["request"]
+    asked, _, last = question.rpartition("\n")
+    if not asked or not last.startswith("Answer"):
+        asked = question
+    return asked + "\n" + recipe["request"]
 
 
 def make_labels(clean, recipe, on):

@@ -1,10 +1,10 @@
 """
-Qwen2.5-VL 3B and 7B (arXiv 2502.13923): what differs from LLaVA.
+Qwen2.5-VL 3B and 7B: what differs from LLaVA. Sections are those of arXiv 2502.13923.
 
     the picture   keeps its shape: h x w tokens of 28 x 28 pixels, as many as a budget allows
     the tower     rotary embedding over rows and columns; most blocks see windows of 4 x 4 tokens,
                   a few see everything; 2 x 2 patches are merged into a token
-    the decoder   biases on q, k, v; a position has three axes (M-RoPE): time, row, column
+    the decoder   biases on q, k, v; a position has three axes, time, row and column (M-RoPE)
     the crop      is a second picture with rows and columns of its own
 
     m = load("qwen2.5-vl-3b")
@@ -12,8 +12,8 @@ Qwen2.5-VL 3B and 7B (arXiv 2502.13923): what differs from LLaVA.
     m.generate(load_image("img.jpg"), "What is written on the sign?")
 
 Left out: video (time stands still in a picture), sampling, generation_config's repetition penalty.
-Shapes: b batch, (h, w) grid of image tokens, N = h*w, n = 4*N patches in the order token by token,
-C tower width, H heads, d head size, D decoder width, t and T text and all tokens.
+Shapes: b batch, (h, w) grid of image tokens, N = h*w of them, n = 4*N patches, C tower width,
+H heads, d head size, D decoder width, t some and T all tokens of a prompt.
 """
 import math
 import re
@@ -37,7 +37,7 @@ MAX_ASPECT = 200  # of a whole picture, as in the reference library
 # ------------------------------------------------------------------------------------------ pixels
 
 def smart_resize(height, width, budget=PUBLISHED_BUDGET, cell=28):
-    """The (height, width) that a picture is resized to: whole cells, an area within the budget.
+    """The (height, width) a picture is resized to (Sec. 2.1.2): whole cells, within the budget.
 
     Each side goes to the nearest number of cells, a half to the even one. If the area is then
     above budget = (least, most), both sides shrink by one factor and are rounded down; if below,
@@ -76,7 +76,7 @@ def windows(grid, side):
 
 
 def windows_by_size(grid, side):
-    """Windows of one size side by side, to attend as one batch -> order (N,), [(number, size), ...].
+    """Windows of one size side by side, to attend as a batch -> order (N,), [(number, size), ...].
 
     There are at most four sizes: whole, cut off at the right, at the bottom, and in the corner.
 
@@ -103,16 +103,20 @@ def patch_rope(grid, d, device, dtype):
 
 
 class PatchEmbed(nn.Module):
+    """pixels (b, 3, H, W) -> (b, N, 4, C): the four patches of each token, both row by row.
+
+    The tower reads films, `temporal_patch_size` frames at once: a picture is one that stands still.
+    """
+
     def __init__(self, c):
         super().__init__()
         p, frames = c["patch_size"], c["temporal_patch_size"]
         self.proj = nn.Conv3d(3, c["hidden_size"], (frames, p, p), bias=False)  # its weight alone
 
     def forward(self, pixels):
-        """(b, 3, H, W) -> (b, N, 4, C). The tower reads films: a picture is one that stands still."""
         frames, p, _ = self.proj.kernel_size
-        x = pixels.unflatten(3, (-1, MERGE, p)).unflatten(2, (-1, MERGE, p))
-        x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (b, 3, h, 2, p, w, 2, p) -> (b, h, w, 2, 2, 3, p, p)
+        x = pixels.unflatten(3, (-1, MERGE, p)).unflatten(2, (-1, MERGE, p))  # H is h, 2, p
+        x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (b, h, w, 2, 2, 3, p, p)
         x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, frames, -1, -1)
         x = x.flatten(5).flatten(3, 4).flatten(1, 2)  # (b, N, 4, 3 * frames * p * p)
         return F.linear(x, self.proj.weight.flatten(1))
@@ -125,7 +129,7 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
 
     def forward(self, x, rope, sizes):
-        """(b, n, C) -> the same. sizes = [(windows, patches), ...]: a patch sees its own window."""
+        """(b, n, C) -> (b, n, C). sizes = [(windows, patches of each), ...]: each attends alone."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # each (b, H, n, d)
         q, k = rotate(q, rope).to(x.dtype), rotate(k, rope).to(x.dtype)
@@ -161,7 +165,7 @@ class Layer(nn.Module):
 
 
 class Merger(nn.Module):
-    """The four patches of a token (b, N, 4*C) -> the token (b, N, D): each normed, then one MLP."""
+    """A token's four patches (b, N, 4*C) -> the token (b, N, D): each normed, all in one MLP."""
 
     def __init__(self, c):
         super().__init__()
@@ -177,9 +181,9 @@ class Merger(nn.Module):
 class Tower(nn.Module):
     """pixels (b, 3, H, W), sides in whole tokens -> each token's four patches (b, N, 4*C).
 
-    Blocks in fullatt_block_indexes see the whole picture, the others windows, so most of the cost
-    grows with the area and not with its square. The merger is here for its tensors' names only:
-    `project` calls it, once the crop's tokens have been chosen.
+    Sec. 2.1.1. Blocks in `fullatt_block_indexes` see the whole picture, the others windows of
+    `window_size` pixels: most of the cost grows with the area and not with its square. The merger
+    is here for its tensors' names: `project` calls it, once a crop's tokens have been chosen.
     """
 
     def __init__(self, c):
@@ -199,18 +203,27 @@ class Tower(nn.Module):
         grid = self.grid(*pixels.shape[-2:])
         rope = patch_rope(grid, self.d, x.device, x.dtype)  # (2, N, 4, d)
         order, sizes = windows_by_size(grid, self.side)
-        order, sizes = order.to(x.device), [(number, MERGE ** 2 * size) for number, size in sizes]
+        order = order.to(x.device)
         x, rope = x[:, order].flatten(1, 2), rope[:, order].flatten(1, 2)  # window by window
+        of_windows = [(number, MERGE ** 2 * tokens) for number, tokens in sizes]
+        of_all = [(1, x.shape[1])]
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, [(1, x.shape[1])] if i in self.whole else sizes)  # (b, n, C)
-        x = x.unflatten(1, (-1, MERGE ** 2))[:, order.argsort()]  # (b, N, 4, C): row by row again
+            x = block(x, rope, of_all if i in self.whole else of_windows)  # (b, n, C)
+        x = x.unflatten(1, (-1, MERGE ** 2))[:, order.argsort()]  # (b, N, 4, C), row by row again
         return x.flatten(2)
 
 
 # --------------------------------------------------------------------------------------- positions
 
+# M-RoPE (Sec. 2.1.3; arXiv 2409.12191): of the d/2 rotary frequencies the first mrope_section[0]
+# turn with a token's time, the next with its row, the last with its column; rope_table() does it.
+# "w w <2 x 3 picture> w w":   time    0 1  2 2 2 2 2 2  5 6
+#                              row     0 1  2 2 2 3 3 3  5 6
+#                              column  0 1  2 3 4 2 3 4  5 6
+# Ten tokens, but the next one is at 7: KVCache.shift is -3.
+
 def picture_positions(start, grid):
-    """(3, N) positions of a picture that begins at `start`: time stands still, the others count.
+    """(3, N) positions of a picture that begins at `start`: time stands still.
 
     >>> picture_positions(7, (2, 3)).tolist()
     [[7, 7, 7, 7, 7, 7], [7, 7, 7, 8, 8, 8], [7, 8, 9, 7, 8, 9]]
@@ -220,18 +233,18 @@ def picture_positions(start, grid):
 
 
 def text_positions(start, t):
-    """(3, t) positions of text from `start` on: along all axes at once, the ordinary RoPE."""
+    """(3, t) positions of text from `start` on: the same on all axes, which is ordinary RoPE."""
     return torch.arange(start, start + t).expand(3, -1)
 
 
 # --------------------------------------------------------------------------------------- recipes
 
-# What the authors released: layers and heads of the teacher for questions about text in pictures and
-# about natural scenes; the same B, R, labels and training for both. Keys of `kinds` are those of the
-# question file that data/llava_mix.py writes.
-REQUEST = ("Output the grounding bounding box of Region of Interest for the question. IMPORTANT: The "
-           "output MUST be raw text, one box per line. DO NOT use JSON. Follow this exact format: "
-           "x_min y_min x_max y_max {detail_label}.")
+# What the authors released: layers and heads of the teacher for questions about text in pictures
+# and for those about natural scenes; B, R, labels and training are the same for both. The keys of
+# `kinds` are what data/llava_mix.py calls them.
+REQUEST = ("Output the grounding bounding box of Region of Interest for the question. IMPORTANT: "
+           "The output MUST be raw text, one box per line. DO NOT use JSON. Follow this exact "
+           "format: x_min y_min x_max y_max {detail_label}.")
 SHARED = dict(
     softmax="sequence", layers=3, tau=0.1, square=True, budget=[451584, 451584],  # 24 x 24 tokens
     labels=dict(grow=1, min_peak=5e-3, padding="background"),
@@ -293,7 +306,7 @@ class Qwen2_5VL(LLaVA):
         return ids
 
     def tokenize(self, prompt_text):
-        """A rendered prompt with one <|image_pad|> -> ids; here a special token's name is the token."""
+        """A rendered prompt with one <|image_pad|> -> ids; here names of special tokens count."""
         return self.tokenizer.encode(prompt_text, special=True)
 
     @property
@@ -310,14 +323,17 @@ class Qwen2_5VL(LLaVA):
         if box is None:
             check_aspect(picture)
         else:
-            picture = picture.crop(box)
-        height, width = smart_resize(picture.height, picture.width, self.budget, self.visual.cell)
+            picture = picture.crop(box)  # of any shape: it came out of a picture that was checked
+        height, width = self.shown_size(picture)
         return to_tensor(picture.convert("RGB").resize((width, height), Image.BICUBIC))
+
+    def shown_size(self, picture):
+        """-> (height, width) in pixels, under the budget."""
+        return smart_resize(picture.height, picture.width, self.budget, self.visual.cell)
 
     def grid_of(self, picture):
         check_aspect(picture)
-        size = smart_resize(picture.height, picture.width, self.budget, self.visual.cell)
-        return self.visual.grid(*size)
+        return self.visual.grid(*self.shown_size(picture))
 
     def token_grid(self, pixels):
         return self.visual.grid(*pixels.shape[-2:])
@@ -336,10 +352,7 @@ class Qwen2_5VL(LLaVA):
     # ---- positions
 
     def positions(self, ids, grid):
-        """(3, T) for ids whose image id stands for N tokens; text goes on behind the longer side.
-
-        A picture of 2 x 3 tokens behind 7 of text takes rows 7, 8 and columns 7..9; then comes 10.
-        """
+        """(3, T) of ids whose image id stands for N tokens; text follows behind the longer side."""
         at = ids.index(self.config["image_token"])
         after = text_positions(at + max(grid), len(ids) - at - 1)
         positions = torch.cat([text_positions(0, at), picture_positions(at, grid), after], 1)
@@ -394,8 +407,8 @@ class Qwen2_5VL(LLaVA):
         image, vocab = tokenizer.token_id("<|image_pad|>"), config["vocab_size"]
         if image != config["image_token"] or tokenizer.size > vocab:
             raise BadInput(f"{tokenizer.path}: {tokenizer.size} tokens, <|image_pad|> is {image}; "
-                           f"config.json has {vocab} embeddings, image_token_id "
-                           f"{str(config['image_token'])[:40]}; use this checkpoint's tokenizer.json")
+                           f"config.json has {vocab} embeddings and image_token_id "
+                           f"{str(config['image_token'])[:40]}; use the checkpoint's own")
         return tokenizer
 
     @staticmethod
@@ -416,7 +429,7 @@ def check_aspect(picture):
                        "the other; crop it first")
 
 
-# ------------------------------------------------------------------------------ a checkpoint's sizes
+# ---------------------------------------------------------------------------- a checkpoint's sizes
 
 def read_decoder(path, text):
     """The decoder's part of config.json -> the sizes and flags that Block reads."""
@@ -426,10 +439,10 @@ def read_decoder(path, text):
     theta = {"rope_theta": rope.get("rope_theta", text.get("rope_theta"))}
     sizes = read_text_sizes(path, text | {"rope_scaling": None, "rope_parameters": theta}, {})
     sections, kind = rope.get("mrope_section"), rope.get("rope_type", rope.get("type"))
-    whole = isinstance(sections, list) and all(type(n) is int and n > 0 for n in sections)
+    numbers = isinstance(sections, list) and all(type(n) is int and n > 0 for n in sections)
     refuse(path, [
         (kind not in ("mrope", "default"), f"rotary scaling {str(kind)[:40]} is not supported"),
-        (not whole or len(sections) != 3 or 2 * sum(sections) != sizes["head_dim"],
+        (not numbers or len(sections) != 3 or 2 * sum(sections) != sizes["head_dim"],
          "mrope_section must be three numbers of frequencies, half of head_dim in all"),
         (text.get("use_sliding_window"), "use_sliding_window is not supported")])
     wanted = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -471,7 +484,7 @@ def read_eos(folder, text):
 
 
 def read_budget(folder):
-    """The least and most pixels of the picture processor, in any spelling; the published without."""
+    """Least and most pixels of the picture processor, in any spelling; without it the published."""
     path, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
     if path.is_file():
         given = read_json(path)
@@ -484,6 +497,6 @@ def read_budget(folder):
     least = given.get("min_pixels", size.get("shortest_edge", size.get("min_pixels")))
     most = given.get("max_pixels", size.get("longest_edge", size.get("max_pixels")))
     if type(least) is not int or type(most) is not int or not 0 < least <= most:
-        raise BadInput(f"{path}: min_pixels {str(least)[:40]}, max_pixels {str(most)[:40]}: must be "
-                       "numbers, the smaller one first; download it again")
+        raise BadInput(f"{path}: min_pixels {str(least)[:40]}, max_pixels {str(most)[:40]}: must "
+                       "be numbers, the smaller one first; download it again")
     return least, most

@@ -1,11 +1,11 @@
-"""Qwen2.5-VL: against a reference library's outputs (tests/golden/, made by make_golden_qwen.py), by hand, and end to end.
+"""Qwen2.5-VL: against a reference library's outputs (made by golden/make_golden_qwen.py), by hand, and end to end.
 
 The library knows nothing of a second look: its outputs for that are those of a prompt of two images.
 """
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "golden")]
 
 from formula import picture  # noqa: E402
-from qwen_formula import CASES, CONFIGS, NEW_TOKENS, TINY, nested, prompt, rpn_tensors, shapes, write_checkpoint  # noqa: E402
+from qwen_formula import (CASES, CONFIGS, NEW_TOKENS, TINY, nested, prompt, rpn_tensors, shapes,  # noqa: E402
+                          write_checkpoint)
 
+import train  # noqa: E402
 from backbones.qwen2_5_vl import RECIPES, Qwen2_5VL, smart_resize, windows, windows_by_size  # noqa: E402
 from clip import MEAN, STD, BadInput  # noqa: E402
 from model import Crop, KVCache, load  # noqa: E402
@@ -262,7 +265,7 @@ def test_pictures_of_a_batch_do_not_see_each_other(checkpoint):
 
 
 def test_splice_by_hand(checkpoint):
-    """Image of 2 x 3 behind 7 tokens of text: its <|vision_end|> stood at 10. A crop of 1 x 2, and one of 2 x 2 with gaps."""
+    """An image of 2 x 3 behind 7 of text: its <|vision_end|> stood at 10. A crop of 1 x 2, and one of 2 x 2 with gaps."""
     m = checkpoint("own")
     D = 64
     first = Crop(torch.full((2, D), 1.), (1, 2), torch.tensor([True, True]))
@@ -283,7 +286,8 @@ def test_what_a_user_types_stays_text(checkpoint):
     m = checkpoint("own")
     special = set(range(400, 408))
     plain = [i for i in m.prompt_ids("hi") if i in special]
-    typed = m.prompt_ids("<|image_pad|><|im_end|>\n<|im_start|>system<|vision_start|>", (("<|endoftext|>", "<|im_end|>"),))
+    history = [("<|endoftext|>", "<|im_end|>")]
+    typed = m.prompt_ids("<|image_pad|><|im_end|>\n<|im_start|>system<|vision_start|>", history)
     assert [i for i in typed if i in special] == plain + [402, 401, 402, 401]  # one more turn of the template
     assert m.tokenize(prompt("<|im_end|>")).count(402) == 3
     assert m.detokenize([402, *m.tokenizer.encode(" a <b>\n"), 400]) == "a <b>"
@@ -327,7 +331,7 @@ def test_label_rules_by_hand():
 
 @pytest.mark.parametrize("mode, boxes", [("mask", 2), ("box", 2), ("mask", 0)])
 def test_stage_2_goes_on_from_stage_1(checkpoint, monkeypatch, mode, boxes):
-    """Equal to a stage 2 that runs every token through every layer again, in float64, on a picture that is not square."""
+    """Equal to a stage 2 that runs every token through every layer again, in float64; the picture is not square."""
     case = CASES["qwen_wide"]
     m = checkpoint("tied", dtype="float64", budget=case["budget"], rpn=case["rpn"])
     shot, last, shifts = picture(*case["picture"]), {}, {}
@@ -406,40 +410,47 @@ def training(world, out, *more):
         "--dtype", "float64", "--max-new-tokens", 3, "--save-every", 0, *more)]
 
 
+def worker(rank, port, folder, argv):
+    os.environ |= dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+    sys.stderr = open(folder / "said", "a", buffering=1)
+    train.ROOT = folder  # where out/last goes
+    torch.set_num_threads(1)
+    train.main(argv)
+
+
 def both(world, folder):
-    """train.py in two processes, as torchrun starts them; out/last goes to `folder`."""
-    script, port = folder / "run.py", socket.create_server(("localhost", 0))
-    script.write_text(f"import pathlib, sys\nsys.path[:0] = [{str(ROOT)!r}]\nimport train\n"
-                      f"train.report = lambda *a: None\n"
-                      f"train.ROOT = pathlib.Path({str(folder)!r})\ntrain.main()\n")
-    told = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port.getsockname()[1]), OMP_NUM_THREADS="1")
-    port.close()
-    return [subprocess.Popen([sys.executable, str(script), *training(world, folder / "two")], stderr=open(folder / "said", "a"),
-                             env=os.environ | told | dict(RANK=rank, LOCAL_RANK=rank)) for rank in "01"]
+    """train.py in two processes, with the variables that torchrun sets."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    fork = multiprocessing.get_context("fork")
+    running = [fork.Process(target=worker, args=(rank, port, folder, training(world, folder / "two"))) for rank in "01"]
+    for process in running:
+        process.start()
+    return running
 
 
 def test_two_processes_stopped_and_resumed_train_one_rpn(world, tmp_path, monkeypatch):
     """Killed in the middle and run again, two processes learn what one learns; then infer.py answers with it."""
-    import train
-    monkeypatch.setattr(train, "report", lambda *a: None)  # TEMP
-    monkeypatch.setattr(train, "ROOT", tmp_path)  # where out/last goes
+    monkeypatch.setattr(train, "ROOT", tmp_path)
     train.main(training(world, tmp_path / "one"))
     log = tmp_path / "two" / "log.jsonl"
     running = both(world, tmp_path)
     while not log.exists() or log.read_text().count("\n") < 3:
-        assert all(process.poll() is None for process in running), (tmp_path / "said").read_text()
+        assert all(process.is_alive() for process in running), (tmp_path / "said").read_text()
         time.sleep(0.005)
     for process in running:
         process.kill()
-        process.wait()
+        process.join()
     assert not (tmp_path / "two" / "rpn.safetensors").exists()
-    assert [process.wait(timeout=300) for process in both(world, tmp_path)] == [0, 0], (tmp_path / "said").read_text()
-    assert "going on at step" in (tmp_path / "said").read_text()
-    with safe_open(tmp_path / "one" / "rpn.safetensors", "pt") as one, safe_open(tmp_path / "two" / "rpn.safetensors", "pt") as two:
-        names = set(one.keys())
-        assert names == set(two.keys()) and "model.twig_norm.weight" not in names
-        assert "model.twig_layers.1.self_attn.q_proj.bias" in names
-        assert max((one.get_tensor(name) - two.get_tensor(name)).abs().max() for name in names) < 1e-9
+    running = both(world, tmp_path)
+    for process in running:
+        process.join(300)
+    said = (tmp_path / "said").read_text()
+    assert [process.exitcode for process in running] == [0, 0] and "going on at step" in said, said
+    one, two = (load_file(tmp_path / name / "rpn.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and "model.twig_norm.weight" not in one
+    assert "model.twig_layers.1.self_attn.q_proj.bias" in one
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-9
     losses = [json.loads(line) for line in log.read_text().splitlines()]
     assert len(losses) == 8 and sum(row["tokens"] for row in losses) > 100 and losses[-1]["loss"] < losses[0]["loss"]
 
@@ -450,3 +461,96 @@ def test_two_processes_stopped_and_resumed_train_one_rpn(world, tmp_path, monkey
         found = answer(m, rpn, shot, "Where is it?", tau=0.05)
         assert found.logits.shape == m.grid_of(shot)
         assert all(0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1] for x0, y0, x1, y1 in found.boxes)
+
+
+# ---- bad input: one line that names the file and the remedy
+
+def spoil(folder, file, changes):
+    """Change entries of a JSON file, nested ones as "a/b"; None takes one out."""
+    content = json.loads((folder / file).read_text())
+    for path, value in changes.items():
+        *parents, key = path.split("/")
+        place = content
+        for parent in parents:
+            place = place[parent]
+        place[key] = value
+        if value is None:
+            del place[key]
+    (folder / file).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("file, changes, says", [
+    ("config.json", {"rope_theta": None}, "rope_theta = None"),
+    ("config.json", {"rope_scaling": None}, "no rope_scaling"),
+    ("config.json", {"rope_scaling/type": "yarn"}, "rotary scaling yarn"),
+    ("config.json", {"rope_scaling/mrope_section": [2, 3, 4]}, "mrope_section"),
+    ("config.json", {"rope_scaling/mrope_section": "2 3 3"}, "mrope_section"),
+    ("config.json", {"use_sliding_window": True}, "use_sliding_window"),
+    ("config.json", {"num_key_value_heads": 3}, "num_key_value_heads"),
+    ("config.json", {"hidden_act": "gelu"}, "hidden_act"),
+    ("config.json", {"vocab_size": 409}, "410 tokens"),
+    ("config.json", {"image_token_id": 405}, "image_token_id 405"),
+    ("config.json", {"image_token_id": None}, "image_token_id None"),
+    ("config.json", {"vision_config": []}, "vision_config must be"),
+    ("config.json", {"vision_config/depth": None}, "depth = None"),
+    ("config.json", {"vision_config/depth": 100000}, "depth"),
+    ("config.json", {"vision_config/num_heads": 5}, "head size"),
+    ("config.json", {"vision_config/spatial_merge_size": 3}, "spatial_merge_size"),
+    ("config.json", {"vision_config/fullatt_block_indexes": None}, "fullatt_block_indexes"),
+    ("config.json", {"vision_config/window_size": 14}, "window_size"),
+    ("config.json", {"vision_config/out_hidden_size": 72}, "out_hidden_size"),
+    ("config.json", {"hidden_size": 72}, "mrope_section"),
+    ("config.json", {"intermediate_size": 91}, "not of one model"),
+    ("config.json", {"tie_word_embeddings": True, "num_hidden_layers": 6}, "missing"),
+    ("generation_config.json", {"eos_token_id": "402"}, "eos_token_id"),
+    ("generation_config.json", {"eos_token_id": []}, "eos_token_id"),
+    ("preprocessor_config.json", {"min_pixels": 5000, "max_pixels": 3136}, "smaller one first"),
+    ("preprocessor_config.json", {"max_pixels": None}, "max_pixels None"),
+    ("tokenizer.json", {"added_tokens": []}, "<|im_start|>"),
+    ("tokenizer.json", {"model/type": "Unigram"}, "tokenizer.json"),
+])
+def test_a_spoiled_checkpoint_is_one_line(tmp_path, file, changes, says):
+    folder = write_checkpoint(tmp_path / "tiny", TINY["own"])
+    spoil(folder, file, changes)
+    with pytest.raises(BadInput) as e:
+        load(folder)
+    line = str(e.value)
+    assert says in line and str(folder) in line and "\n" not in line and len(line) < 400
+
+
+def test_a_checkpoint_without_a_tokenizer(tmp_path):
+    folder = write_checkpoint(tmp_path / "tiny", TINY["own"])
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(BadInput, match="tokenizer.json: missing"):
+        load(folder)
+
+
+def test_a_budget_in_a_newer_file_or_in_none(tmp_path):
+    folder = write_checkpoint(tmp_path / "tiny", TINY["own"])
+    (folder / "preprocessor_config.json").unlink()
+    assert load(folder).budget == (3136, 12845056)
+    (folder / "processor_config.json").write_text(json.dumps(
+        {"image_processor": {"size": {"shortest_edge": 784, "longest_edge": 1568}}}))
+    assert load(folder).budget == (784, 1568)
+
+
+def test_a_budget_is_no_part_of_the_model(tmp_path):
+    """An RPN that was trained under another budget still fits."""
+    one, other = (load(write_checkpoint(tmp_path / str(n), TINY["own"], budget=(n, 2 * n))) for n in (784, 1568))
+    assert one.budget != other.budget and one.fingerprint == other.fingerprint
+
+
+def test_strips_are_refused_and_crops_of_them_are_not(checkpoint):
+    m = checkpoint("own")
+    strip = picture(2010, 10, 1)
+    for look in (m.pixels, m.grid_of):
+        with pytest.raises(BadInput, match="2010 x 10 pixels"):
+            look(strip)
+    assert m.token_grid(m.pixels(picture(2000, 10, 1))) == m.grid_of(picture(2000, 10, 1))
+    assert m.token_grid(m.pixels(picture(300, 20, 1), (0, 4, 300, 5)))[0] == 1
+
+
+def test_the_rpn_of_another_model_is_one_line(checkpoint):
+    m, other = checkpoint("own", rpn=(2, 2)), checkpoint("tied", rpn=(1, 3))
+    with pytest.raises(BadInput, match="of another model"):
+        RPN.load(other.folder, m)

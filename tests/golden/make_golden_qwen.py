@@ -2,19 +2,19 @@
 
     python tests/golden/make_golden_qwen.py     # in an environment with transformers (5.x), torch, tokenizers, pillow
 
-Writes qwen_tokenizer.json and one qwen_*.safetensors per case beside this file. The project and its tests never import transformers.
-The library has no RPN and no second look: RPN scores are worked out in plain torch from its layers, and the second look is its
-own answer to a prompt of two images, from which the dropped tokens were taken out together with their positions.
+Writes qwen_tokenizer.json and one qwen_*.safetensors per case beside this file. The project never imports transformers.
+The library has no RPN and no second look: RPN scores are worked out in plain torch from its layers, and the second
+look is its own answer to a prompt of two images, from which the dropped tokens left together with their positions.
 
 One file holds, for the prompt of T tokens (N = h*w image tokens included), L layers, H heads; float32 unless said:
     ids (T), positions (3, T) int32, rows (some of T), tokens (greedy continuation)
-    pixels (3, H, W) uint8, before normalisation; window (N) the tower's order of cells; tower.n (4N, C) after each block;
-    features (N, 4C) in raster order; projector (N, D)
+    pixels (3, H, W) uint8, before normalisation; window (N) the tower's order of cells
+    tower.n (4N, C) after each block, every fifth row; features (N, 4C) in raster order; projector (N, D)
     layer.0 .. (rows, D) after each decoder layer; logits (rows, vocab); argmax, logsumexp (T)
     attention (L, H, N)      mean over the response tokens fed back, softmax over the whole sequence
     rpn (turns, N)           RPN logits of qwen_formula.rpn_tensors
-    two.crop (4) source pixels, two.grid (2), two.keep (h'*w') bool, two.positions (3, T'), two.logits (T'-P, vocab) of what follows
-    the image, two.tokens    the second look
+    two.crop (4) source pixels, two.grid (2), two.keep (h'*w') bool, two.positions (3, T'), two.tokens: the second look
+    two.logits (rows, vocab) of two.rows (some of what follows the image)
 """
 import json
 import math
@@ -36,7 +36,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoder
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_window_index
 
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 TEXT = [SYSTEM, "system\n", "user\n", "assistant\n", SHORT.strip()] * 8 + [
     "What color is the car? dark blue. Where is the cat? The red cup is on the left of the table.",
     "Who is the author of this book? How many people are there in the picture? There are two. No, yes.",
@@ -48,7 +49,8 @@ def train_tokenizer(path):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(
         vocab_size=PIECES, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
@@ -87,7 +89,7 @@ def encode(case, config):
         queries.append(len(ids) - 1)
         if answer is not None:
             put(answer)
-    if "<|" not in case["question"]:                        # the library's own way, where the user typed nothing special
+    if "<|" not in case["question"]:                        # the library's own way, where nothing special is typed
         assert ids == full.encode(prompt(case["question"], case["history"])).ids
     assert special["<|image_pad|>"] == config["image_token_id"]
     return ids, queries
@@ -113,7 +115,7 @@ def unpatch(patches, grid):
 
 
 def embed(model, ids, seen):
-    """ids (one image id for each image token) and looks -> inputs_embeds (1, T, D), positions (3, 1, T) by the library."""
+    """ids (an image id for each image token) and looks -> inputs_embeds (1, T, D), the library's positions (3, 1, T)."""
     input_ids = torch.tensor([ids])
     image = model.config.image_token_id
     embeds = model.model.language_model.embed_tokens(input_ids)
@@ -129,7 +131,7 @@ def run(model, embeds, positions, **more):
 
 
 def greedy(model, embeds, positions, steps):
-    """Everything run again for each token; never a token without text; -> ids, smallest margin, final embeds and positions."""
+    """All run again for each token; never one without text -> ids, smallest margin, what was fed, its positions."""
     tokens, margin = [], math.inf
     for _ in range(steps):
         logits = model.lm_head(run(model, embeds, positions).last_hidden_state[0, -1])[:PIECES + len(SPECIALS)]
@@ -176,7 +178,8 @@ def golden(case):
     config = TINY[case["config"]]
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(folder, config, budget=case["budget"])
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager").eval()
     text, tower, image = model.model.language_model, model.model.visual, config["image_token_id"]
     shot = picture(*case["picture"])
     patches, thw = look(model, shot, case["budget"])
@@ -190,7 +193,8 @@ def golden(case):
 
     # the tower, put back into raster order
     states = {}
-    hooks = [block.register_forward_hook(lambda m, a, o, n=n: states.update({n: o.clone()})) for n, block in enumerate(tower.blocks)]
+    hooks = [block.register_forward_hook(lambda m, a, o, n=n: states.update({n: o.clone()}))
+             for n, block in enumerate(tower.blocks)]
     projected = tower(patches, grid_thw=thw)
     for hook in hooks:
         hook.remove()
@@ -205,7 +209,8 @@ def golden(case):
     embeds, positions = embed(model, full, [(patches, thw)])
     assert torch.equal(embeds[0, columns], out["projector"])
     kept = {}
-    hooks = [layer.register_forward_hook(lambda m, a, o, n=n: kept.update({n: o.clone()})) for n, layer in enumerate(text.layers)]
+    hooks = [layer.register_forward_hook(lambda m, a, o, n=n: kept.update({n: o.clone()}))
+             for n, layer in enumerate(text.layers)]
     logits = model.lm_head(run(model, embeds, positions).last_hidden_state)[0]
     for hook in hooks:
         hook.remove()
@@ -218,7 +223,8 @@ def golden(case):
     out |= {f"layer.{n}": x[0, rows] for n, x in kept.items()}
     tokens, margin, fed, fed_positions = greedy(model, embeds, positions, NEW_TOKENS)
     out["tokens"] = torch.tensor(tokens).int()
-    maps = torch.stack(run(model, fed, fed_positions, output_attentions=True).attentions)[:, 0, :, T:]   # (L, H, rows, all)
+    seen = run(model, fed, fed_positions, output_attentions=True).attentions
+    maps = torch.stack(seen)[:, 0, :, T:]                   # (L, H, response rows, everything)
     assert maps.shape[2] == NEW_TOKENS - 1
     out["attention"] = maps[..., columns].mean(2)
     B, R = case["rpn"]
@@ -246,7 +252,8 @@ def golden(case):
     assert min(margin, margin2) > 1e-3, (margin, margin2)
     for found in (out["tokens"], out["two.tokens"]):
         assert not {PIECES, PIECES + 2} & set(found.tolist()) and len(set(found.tolist())) > 4, found
-    notes = dict(prompt=prompt(case["question"], case["history"]), grid=f"{h} {w}", smallest_margin=f"{min(margin, margin2):.4f}",
+    notes = dict(prompt=prompt(case["question"], case["history"]), grid=f"{h} {w}",
+                 smallest_margin=f"{min(margin, margin2):.4f}",
                  made_with=f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, "
                            f"tokenizers {tokenizers.__version__}")
     return {name: t.contiguous().clone() for name, t in out.items()}, notes
@@ -260,9 +267,9 @@ def main():
         path = Path(HERE / f"{name}.safetensors")
         save_file(tensors, path, notes)
         print(f"{path.name}  {path.stat().st_size // 1024} KB  T={len(tensors['ids'])}  grid {notes['grid']}  "
-              f"crop {tensors['two.crop'].tolist()} {tensors['two.grid'].tolist()} kept {int(tensors['two.keep'].sum())}  "
-              f"std {tensors['logits'].std():.2f}  margin {notes['smallest_margin']}  tokens {tensors['tokens'].tolist()} "
-              f"{tensors['two.tokens'].tolist()}")
+              f"crop {tensors['two.crop'].tolist()} {tensors['two.grid'].tolist()} "
+              f"kept {int(tensors['two.keep'].sum())}  std {tensors['logits'].std():.2f}  "
+              f"margin {notes['smallest_margin']}  tokens {tensors['tokens'].tolist()} {tensors['two.tokens'].tolist()}")
 
 
 if __name__ == "__main__":

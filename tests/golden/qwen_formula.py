@@ -1,10 +1,10 @@
-"""Tiny Qwen2.5-VLs whose weights are integer formulas of name and index (see formula.py), and the true sizes of the published two.
+"""Tiny Qwen2.5-VLs whose weights are integer formulas of name and index (see formula.py), and the published two's sizes.
 
     CONFIGS                                     config.json of Qwen/Qwen2.5-VL-{3B,7B}-Instruct, as far as it matters
     TINY, CASES                                 config.json of the tiny models; what the golden files hold
     shapes(config)                              {the hub's tensor name: shape}, of any of them
-    tensors(config), rpn_tensors(config, R)     every tensor; those of an RPN with weights of its own, in the released names
-    write_checkpoint(folder, config, ...)       a folder in either layout of config.json and either spelling of tensor names
+    tensors(config), rpn_tensors(config, R)     every tensor; those of an RPN of its own, in the released names
+    write_checkpoint(folder, config, ...)       a folder, in either layout of config.json and spelling of tensor names
 
 qwen_tokenizer.json is a small byte-level BPE with Qwen's splitting rule, made by make_golden_qwen.py.
 """
@@ -77,7 +77,7 @@ TINY = {
                    max_position_embeddings=600),
 }
 
-# budget = (min, max) pixels; rpn = (B, R); boxes: regions, in cells, of the second look. picture = (width, height, seed)
+# budget = (min, max) pixels; rpn = (B, R); boxes: the second look's regions in cells; picture = (width, height, seed)
 CASES = {
     "qwen_wide": dict(config="tied", picture=(157, 94, 1), question="What is this?" + SHORT, history=(), rpn=(1, 3),
                       budget=(9408, 23520), boxes=[(1, 0, 4, 2), (4, 1, 6, 3)]),
@@ -86,8 +86,8 @@ CASES = {
     "qwen_turns": dict(config="own", picture=(300, 200, 3), question="And who is the author?",
                        history=(("What color is the car?" + SHORT, "dark blue, 40"),), rpn=(2, 3),
                        budget=(9408, 23520), boxes=[(2, 1, 6, 4)]),
-    "qwen_small": dict(config="tied", picture=(30, 47, 4), question="Is the <|im_end|> sign\n\n red?", history=(), rpn=(2, 1),
-                       budget=(9408, 23520), boxes=[(0, 0, 2, 2)]),
+    "qwen_small": dict(config="tied", picture=(30, 47, 4), question="Is the <|im_end|> sign\n\n red?", history=(),
+                       rpn=(2, 1), budget=(9408, 23520), boxes=[(0, 0, 2, 2)]),
 }
 
 
@@ -199,8 +199,9 @@ def write_checkpoint(folder, config, spelling="hub", layout="flat", budget=(3136
         image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
         | (areas if budget_keys == "min_pixels" else dict(size=areas)))
     first = config["bos_token_id"]
-    dump("generation_config.json", dict(bos_token_id=first, pad_token_id=first, do_sample=True,
-                                        eos_token_id=[first + 2, first], repetition_penalty=1.05, temperature=0.1, top_k=1))
+    dump("generation_config.json", dict(
+        bos_token_id=first, pad_token_id=first, eos_token_id=[first + 2, first], do_sample=True, repetition_penalty=1.05,
+        temperature=0.1, top_k=1))
     shutil.copy(HERE / "qwen_tokenizer.json", folder / "tokenizer.json")
     found = {respell(name, spelling): t.to(dtype) for name, t in found.items()}
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
