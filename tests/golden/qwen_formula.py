@@ -161,7 +161,7 @@ def rpn_tensors(config, layers):
 def nested(config):
     """The same configuration as 5.x writes it: text_config, rope_parameters, in_channels."""
     top = {k: config[k] for k in config if k.endswith("token_id") and k not in ("bos_token_id", "eos_token_id")}
-    top |= {k: config[k] for k in ("architectures", "model_type", "tie_word_embeddings")}
+    top |= {k: config[k] for k in ("architectures", "model_type", "tie_word_embeddings", "twig_K", "twig_T") if k in config}
     text = {k: v for k, v in config.items() if k not in top and k not in ("vision_config", "rope_theta", "rope_scaling",
                                                                           "torch_dtype", "sliding_window")}
     text |= dict(model_type="qwen2_5_vl_text", sliding_window=None, rope_parameters=dict(
