@@ -512,7 +512,8 @@ def smooth(p):
     w = torch.exp(-torch.tensor([1.0, 0.0, 1.0], dtype=p.dtype, device=p.device) / 2)
     w = w / w.sum()
     maps = p.reshape(-1, 1, *p.shape[-2:])  # (maps, 1, h, w)
-    padded = F.pad(maps, (1, 1, 1, 1), mode="reflect")
+    edge = "reflect" if min(p.shape[-2:]) > 1 else "replicate"  # a single row has none to reflect
+    padded = F.pad(maps, (1, 1, 1, 1), mode=edge)
     return F.conv2d(padded, (w[:, None] * w).view(1, 1, 3, 3)).view(p.shape)
 
 

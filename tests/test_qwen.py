@@ -550,6 +550,20 @@ def test_strips_are_refused_and_crops_of_them_are_not(checkpoint):
     assert m.token_grid(m.pixels(picture(300, 20, 1), (0, 4, 300, 5)))[0] == 1
 
 
+@pytest.mark.parametrize("size", [(400, 20), (20, 400), (28, 28)])
+@pytest.mark.parametrize("mode", ["mask", "box"])
+def test_one_row_of_cells_is_looked_at_again(checkpoint, size, mode):
+    """The smallest grids: one row, one column, and the least budget's 2 x 2."""
+    m, shot = checkpoint("own", rpn=(2, 2)), picture(*size, 1)
+    grid = m.grid_of(shot)
+    found = answer(m, RPN.load(m.folder, m), shot, "hi", mode, tau=0.01, max_new_tokens=2)
+    assert found.logits.shape == grid and grid in ((1, 14), (14, 1), (2, 2))
+    first = torch.zeros(grid, dtype=torch.bool)
+    first[0, 0] = True
+    found = answer(m, None, shot, "hi", mode, max_new_tokens=2, regions=[Region((0, 0, 1, 1), first, 1.0)])
+    assert found.boxes == [(0, 0, -(-size[0] // grid[1]), -(-size[1] // grid[0]))]
+
+
 def test_the_rpn_of_another_model_is_one_line(checkpoint):
     m, other = checkpoint("own", rpn=(2, 2)), checkpoint("tied", rpn=(1, 3))
     with pytest.raises(BadInput, match="of another model"):
