@@ -22,6 +22,7 @@ from formula import picture  # noqa: E402
 from qwen_formula import (CASES, CONFIGS, NEW_TOKENS, TINY, nested, prompt, rpn_tensors, shapes,  # noqa: E402
                           write_checkpoint)
 
+import infer  # noqa: E402
 import train  # noqa: E402
 from backbones.qwen2_5_vl import RECIPES, Qwen2_5VL, smart_resize, windows, windows_by_size  # noqa: E402
 from clip import MEAN, STD, BadInput  # noqa: E402
@@ -429,7 +430,7 @@ def both(world, folder):
     return running
 
 
-def test_two_processes_stopped_and_resumed_train_one_rpn(world, tmp_path, monkeypatch):
+def test_two_processes_stopped_and_resumed_train_one_rpn(world, tmp_path, monkeypatch, capsys):
     """Killed in the middle and run again, two processes learn what one learns; then infer.py answers with it."""
     monkeypatch.setattr(train, "ROOT", tmp_path)
     train.main(training(world, tmp_path / "one"))
@@ -458,9 +459,22 @@ def test_two_processes_stopped_and_resumed_train_one_rpn(world, tmp_path, monkey
     rpn = RPN.load(tmp_path / "two", m)
     for n, size in enumerate(SIZES):
         shot = picture(*size, n)
-        found = answer(m, rpn, shot, "Where is it?", tau=0.05)
+        found = answer(m, rpn, shot, "Where is it?", tau=0.15, max_new_tokens=3)
         assert found.logits.shape == m.grid_of(shot)
         assert all(0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1] for x0, y0, x1, y1 in found.boxes)
+
+    capsys.readouterr()
+    for n, budget in (0, None), (3, (40 * 784, 70 * 784)):
+        flags = ["--ckpt", world / "tiny-qwen", "--rpn", tmp_path / "two", "--dtype", "float64", "--tau", 0.15, "--json",
+                 "--max-new-tokens", 3, "--save", tmp_path / f"{n}.png"]
+        flags += ["--budget", *budget] if budget else []
+        infer.main([str(word) for word in (world / f"{n}.png", "Where is it?", *flags)])
+        told = json.loads(capsys.readouterr().out)
+        m.budget = budget or m.budget
+        found = answer(m, rpn, picture(*SIZES[n], n), "Where is it?", tau=0.15, max_new_tokens=3)
+        assert found.boxes  # both look again
+        assert told["answer"] == found.text and told["boxes"] == [list(box) for box in found.boxes]
+        assert (tmp_path / f"{n}.png").stat().st_size > 1000
 
 
 # ---- bad input: one line that names the file and the remedy
