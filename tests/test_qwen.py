@@ -266,7 +266,7 @@ def test_pictures_of_a_batch_do_not_see_each_other(checkpoint):
 
 
 def test_splice_by_hand(checkpoint):
-    """An image of 2 x 3 behind 7 of text: its <|vision_end|> stood at 10. A crop of 1 x 2, and one of 2 x 2 with gaps."""
+    """An image of 2 x 3 behind 7 of text: its <|vision_end|> stood at 10. Crops of 1 x 2, and of 2 x 2 with gaps."""
     m = checkpoint("own")
     D = 64
     first = Crop(torch.full((2, D), 1.), (1, 2), torch.tensor([True, True]))
@@ -465,8 +465,8 @@ def test_two_processes_stopped_and_resumed_train_one_rpn(world, tmp_path, monkey
 
     capsys.readouterr()
     for n, budget in (0, None), (3, (40 * 784, 70 * 784)):
-        flags = ["--ckpt", world / "tiny-qwen", "--rpn", tmp_path / "two", "--dtype", "float64", "--tau", 0.15, "--json",
-                 "--max-new-tokens", 3, "--save", tmp_path / f"{n}.png"]
+        flags = ["--ckpt", world / "tiny-qwen", "--rpn", tmp_path / "two", "--dtype", "float64", "--tau", 0.15,
+                 "--json", "--max-new-tokens", 3, "--save", tmp_path / f"{n}.png"]
         flags += ["--budget", *budget] if budget else []
         infer.main([str(word) for word in (world / f"{n}.png", "Where is it?", *flags)])
         told = json.loads(capsys.readouterr().out)

@@ -115,7 +115,7 @@ def unpatch(patches, grid):
 
 
 def embed(model, ids, seen):
-    """ids (an image id for each image token) and looks -> inputs_embeds (1, T, D), the library's positions (3, 1, T)."""
+    """ids (an image id for each image token) and looks -> inputs_embeds (1, T, D), positions (3, 1, T)."""
     input_ids = torch.tensor([ids])
     image = model.config.image_token_id
     embeds = model.model.language_model.embed_tokens(input_ids)
@@ -162,7 +162,56 @@ def rpn_logits(model, config, frozen, layers, hidden, positions, queries, column
     return torch.stack(scores).mean(0)                      # (turns, N)
 
 
-def second_look(case, shot, grid):
+def outputs_of(modules, call):
+    """-> call()'s result, and what each of these modules put out meanwhile."""
+    kept = {}
+    hooks = [module.register_forward_hook(lambda m, a, o, n=n: kept.update({n: o.clone()}))
+             for n, module in enumerate(modules)]
+    result = call()
+    for hook in hooks:
+        hook.remove()
+    return result, kept
+
+
+def tower_outputs(tower, patches, thw):
+    """The tower's, put back into raster order."""
+    projected, states = outputs_of(tower.blocks, lambda: tower(patches, grid_thw=thw))
+    window, _ = get_vision_window_index(thw, 2, 112, 14)
+    back, N = window.argsort(), len(window)
+    raster = [states[n].view(N, -1)[back] for n in range(len(tower.blocks))]
+    out = {"pixels": unpatch(patches, thw), "window": window.int(), "features": raster[-1],
+           "projector": projected.pooler_output}
+    return out | {f"tower.{n}": x.reshape(4 * N, -1)[::5] for n, x in enumerate(raster)}
+
+
+def first_look(model, config, case, patches, thw):
+    """-> the decoder's outputs, ids with an image id for each image token, the image's columns, smallest margin."""
+    image, N = config["image_token_id"], int(thw.prod()) // 4
+    ids, queries = encode(case, config)
+    at = ids.index(image)
+    ids = ids[:at] + [image] * N + ids[at + 1:]
+    T, columns, queries = len(ids), list(range(at, at + N)), [q + N - 1 for q in queries]
+    embeds, positions = embed(model, ids, [(patches, thw)])
+    ran, kept = outputs_of(model.model.language_model.layers, lambda: run(model, embeds, positions))
+    logits = model.lm_head(ran.last_hidden_state)[0]
+    whole = model(input_ids=torch.tensor([ids]), pixel_values=patches, image_grid_thw=thw,
+                  mm_token_type_ids=(torch.tensor([ids]) == image).int()).logits[0]
+    assert (whole - logits).abs().max() < 1e-5              # the library called as a user would
+    rows = sorted({*range(0, T, 12), *columns[::7], *queries, T - 1})
+    out = {"ids": torch.tensor(ids).int(), "positions": positions[:, 0].int(), "rows": torch.tensor(rows).int(),
+           "logits": logits[rows], "argmax": logits.argmax(-1).int(), "logsumexp": logits.logsumexp(-1)}
+    out |= {f"layer.{n}": x[0, rows] for n, x in kept.items()}
+    tokens, margin, fed, fed_positions = greedy(model, embeds, positions, NEW_TOKENS)
+    seen = run(model, fed, fed_positions, output_attentions=True).attentions
+    maps = torch.stack(seen)[:, 0, :, T:]                   # (L, H, response rows, everything)
+    assert maps.shape[2] == NEW_TOKENS - 1
+    B, R = case["rpn"]
+    out |= {"tokens": torch.tensor(tokens).int(), "attention": maps[..., columns].mean(2),
+            "rpn": rpn_logits(model, config, B, R, kept[B - 1], positions, queries, columns)}
+    return out, ids, columns, margin
+
+
+def crop_of(case, shot, grid):
     """Regions in cells -> the crop in source pixels (floor, ceil), and the cells of the union inside it."""
     h, w = grid
     cells = np.zeros((h, w), bool)
@@ -173,6 +222,28 @@ def second_look(case, shot, grid):
     return box, torch.from_numpy(cells[y0:y1, x0:x1])
 
 
+def second_look(model, config, case, shot, seen, ids, columns):
+    """A prompt of two images, from which the dropped tokens leave with their positions -> outputs, smallest margin."""
+    box, cells = crop_of(case, shot, (seen[1][0, 1:] // 2).tolist())
+    crop = look(model, shot.crop(box), case["budget"])
+    h, w = (crop[1][0, 1:] // 2).tolist()
+    keep = F.interpolate(cells[None, None].float(), (h, w), mode="bilinear")[0, 0].flatten() > 0.5
+    if not keep.any():
+        keep[:] = True
+    start, end, P = config["vision_start_token_id"], config["vision_end_token_id"], columns[-1] + 1
+    ids = ids[:P] + [start] + [config["image_token_id"]] * (h * w) + [end] + ids[P:]
+    embeds, positions = embed(model, ids, [seen, crop])
+    stay = torch.ones(len(ids), dtype=torch.bool)
+    stay[P + 1:P + 1 + h * w] = keep
+    embeds, positions = embeds[:, stay], positions[:, :, stay]
+    logits = model.lm_head(run(model, embeds, positions).last_hidden_state)[0, P:]
+    tokens, margin, _, _ = greedy(model, embeds, positions, NEW_TOKENS)
+    rows = sorted({*range(0, len(logits), 7), len(logits) - 1})
+    return {"two.crop": torch.tensor(box).int(), "two.grid": torch.tensor([h, w]).int(), "two.keep": keep,
+            "two.positions": positions[:, 0].int(), "two.rows": torch.tensor(rows).int(), "two.logits": logits[rows],
+            "two.tokens": torch.tensor(tokens).int()}, margin
+
+
 @torch.no_grad()
 def golden(case):
     config = TINY[case["config"]]
@@ -180,80 +251,18 @@ def golden(case):
         write_checkpoint(folder, config, budget=case["budget"])
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager").eval()
-    text, tower, image = model.model.language_model, model.model.visual, config["image_token_id"]
     shot = picture(*case["picture"])
     patches, thw = look(model, shot, case["budget"])
-    h, w = grid = (thw[0, 1:] // 2).tolist()
-    N = h * w
-    ids, queries = encode(case, config)
-    i = ids.index(image)
-    full = ids[:i] + [image] * N + ids[i + 1:]
-    queries = [q + N - 1 for q in queries]
-    T, columns = len(full), list(range(i, i + N))
-
-    # the tower, put back into raster order
-    states = {}
-    hooks = [block.register_forward_hook(lambda m, a, o, n=n: states.update({n: o.clone()}))
-             for n, block in enumerate(tower.blocks)]
-    projected = tower(patches, grid_thw=thw)
-    for hook in hooks:
-        hook.remove()
-    window, _ = get_vision_window_index(thw, 2, 112, 14)
-    back = window.argsort()
-    raster = lambda x: x.view(N, -1)[back]
-    out = {"pixels": unpatch(patches, thw), "window": window.int(), "features": raster(states[len(tower.blocks) - 1]),
-           "projector": projected.pooler_output}
-    out |= {f"tower.{n}": raster(x).reshape(4 * N, -1)[::5] for n, x in states.items()}
-
-    # the decoder
-    embeds, positions = embed(model, full, [(patches, thw)])
-    assert torch.equal(embeds[0, columns], out["projector"])
-    kept = {}
-    hooks = [layer.register_forward_hook(lambda m, a, o, n=n: kept.update({n: o.clone()}))
-             for n, layer in enumerate(text.layers)]
-    logits = model.lm_head(run(model, embeds, positions).last_hidden_state)[0]
-    for hook in hooks:
-        hook.remove()
-    whole = model(input_ids=torch.tensor([full]), pixel_values=patches, image_grid_thw=thw,
-                  mm_token_type_ids=(torch.tensor([full]) == image).int()).logits[0]
-    assert (whole - logits).abs().max() < 1e-5              # the library called as a user would
-    rows = sorted({*range(0, T, 12), *columns[::7], *queries, T - 1})
-    out |= {"ids": torch.tensor(full).int(), "positions": positions[:, 0].int(), "rows": torch.tensor(rows).int(),
-            "logits": logits[rows], "argmax": logits.argmax(-1).int(), "logsumexp": logits.logsumexp(-1)}
-    out |= {f"layer.{n}": x[0, rows] for n, x in kept.items()}
-    tokens, margin, fed, fed_positions = greedy(model, embeds, positions, NEW_TOKENS)
-    out["tokens"] = torch.tensor(tokens).int()
-    seen = run(model, fed, fed_positions, output_attentions=True).attentions
-    maps = torch.stack(seen)[:, 0, :, T:]                   # (L, H, response rows, everything)
-    assert maps.shape[2] == NEW_TOKENS - 1
-    out["attention"] = maps[..., columns].mean(2)
-    B, R = case["rpn"]
-    out["rpn"] = rpn_logits(model, config, B, R, kept[B - 1], positions, queries, columns)
-
-    # the second look: a prompt of two images, then the dropped tokens leave with their positions
-    box, cells = second_look(case, shot, grid)
-    crop = look(model, shot.crop(box), case["budget"])
-    h2, w2 = (crop[1][0, 1:] // 2).tolist()
-    keep = F.interpolate(cells[None, None].float(), (h2, w2), mode="bilinear")[0, 0].flatten() > 0.5
-    if not keep.any():
-        keep[:] = True
-    start, end = config["vision_start_token_id"], config["vision_end_token_id"]
-    two = full[:i + N] + [start] + [image] * (h2 * w2) + [end] + full[i + N:]
-    embeds, positions = embed(model, two, [(patches, thw), crop])
-    stay = torch.ones(len(two), dtype=torch.bool)
-    stay[i + N + 1:i + N + 1 + h2 * w2] = keep
-    embeds, positions = embeds[:, stay], positions[:, :, stay]
-    after = model.lm_head(run(model, embeds, positions).last_hidden_state)[0, i + N:]
-    tokens, margin2, _, _ = greedy(model, embeds, positions, NEW_TOKENS)
-    some = sorted({*range(0, len(after), 7), len(after) - 1})
-    out |= {"two.crop": torch.tensor(box).int(), "two.grid": torch.tensor([h2, w2]).int(), "two.keep": keep,
-            "two.positions": positions[:, 0].int(), "two.rows": torch.tensor(some).int(), "two.logits": after[some],
-            "two.tokens": torch.tensor(tokens).int()}
-    assert min(margin, margin2) > 1e-3, (margin, margin2)
-    for found in (out["tokens"], out["two.tokens"]):
-        assert not {PIECES, PIECES + 2} & set(found.tolist()) and len(set(found.tolist())) > 4, found
-    notes = dict(prompt=prompt(case["question"], case["history"]), grid=f"{h} {w}",
-                 smallest_margin=f"{min(margin, margin2):.4f}",
+    out = tower_outputs(model.model.visual, patches, thw)
+    more, ids, columns, margin = first_look(model, config, case, patches, thw)
+    two, margin_two = second_look(model, config, case, shot, (patches, thw), ids, columns)
+    out |= more | two
+    smallest = min(margin, margin_two)
+    assert smallest > 1e-3, smallest
+    for found in (out["tokens"].tolist(), out["two.tokens"].tolist()):
+        assert not {PIECES, PIECES + 2} & set(found) and len(set(found)) > 4, found
+    h, w = (thw[0, 1:] // 2).tolist()
+    notes = dict(prompt=prompt(case["question"], case["history"]), grid=f"{h} {w}", smallest_margin=f"{smallest:.4f}",
                  made_with=f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, "
                            f"tokenizers {tokenizers.__version__}")
     return {name: t.contiguous().clone() for name, t in out.items()}, notes
@@ -269,7 +278,8 @@ def main():
         print(f"{path.name}  {path.stat().st_size // 1024} KB  T={len(tensors['ids'])}  grid {notes['grid']}  "
               f"crop {tensors['two.crop'].tolist()} {tensors['two.grid'].tolist()} "
               f"kept {int(tensors['two.keep'].sum())}  std {tensors['logits'].std():.2f}  "
-              f"margin {notes['smallest_margin']}  tokens {tensors['tokens'].tolist()} {tensors['two.tokens'].tolist()}")
+              f"margin {notes['smallest_margin']}\n  tokens {tensors['tokens'].tolist()} "
+              f"{tensors['two.tokens'].tolist()}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tiny Qwen2.5-VLs whose weights are integer formulas of name and index (see formula.py), and the published two's sizes.
+"""Tiny Qwen2.5-VLs whose weights are formulas of name and index (see formula.py), and the published two's sizes.
 
     CONFIGS                                     config.json of Qwen/Qwen2.5-VL-{3B,7B}-Instruct, as far as it matters
     TINY, CASES                                 config.json of the tiny models; what the golden files hold
@@ -161,7 +161,8 @@ def rpn_tensors(config, layers):
 def nested(config):
     """The same configuration as 5.x writes it: text_config, rope_parameters, in_channels."""
     top = {k: config[k] for k in config if k.endswith("token_id") and k not in ("bos_token_id", "eos_token_id")}
-    top |= {k: config[k] for k in ("architectures", "model_type", "tie_word_embeddings", "twig_K", "twig_T") if k in config}
+    above = "architectures", "model_type", "tie_word_embeddings", "twig_K", "twig_T"
+    top |= {k: config[k] for k in above if k in config}
     text = {k: v for k, v in config.items() if k not in top and k not in ("vision_config", "rope_theta", "rope_scaling",
                                                                           "torch_dtype", "sliding_window")}
     text |= dict(model_type="qwen2_5_vl_text", sliding_window=None, rope_parameters=dict(
@@ -200,8 +201,8 @@ def write_checkpoint(folder, config, spelling="hub", layout="flat", budget=(3136
         | (areas if budget_keys == "min_pixels" else dict(size=areas)))
     first = config["bos_token_id"]
     dump("generation_config.json", dict(
-        bos_token_id=first, pad_token_id=first, eos_token_id=[first + 2, first], do_sample=True, repetition_penalty=1.05,
-        temperature=0.1, top_k=1))
+        bos_token_id=first, pad_token_id=first, eos_token_id=[first + 2, first], do_sample=True,
+        repetition_penalty=1.05, temperature=0.1, top_k=1))
     shutil.copy(HERE / "qwen_tokenizer.json", folder / "tokenizer.json")
     found = {respell(name, spelling): t.to(dtype) for name, t in found.items()}
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
