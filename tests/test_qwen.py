@@ -2,6 +2,7 @@
 
 The library knows nothing of a second look: its outputs for that are those of a prompt of two images.
 """
+import doctest
 import json
 import multiprocessing
 import os
@@ -220,6 +221,11 @@ def test_a_recipe_has_kinds():
 
 
 # ---- by hand
+
+def test_the_examples_of_the_docstrings():
+    result = doctest.testmod(sys.modules["backbones.qwen2_5_vl"])
+    assert result.attempted > 5 and not result.failed
+
 
 @pytest.mark.parametrize("size, grids", [  # (height, width) -> cells under three budgets
     ((480, 640), [(17, 23), (21, 28), (28, 37)]),
