@@ -16,6 +16,7 @@ import hashlib
 import math
 import os
 import random
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from clip import BadInput, load_image
 from data import draw, metrics
 from data.files import write_text
 from data.questions import read_questions
-from data.run import Run, Tally, say
+from data.run import Run, Tally, first_to_fail, say
 from data.toy.scenes import ToyQuestions
 from model import KNOWN, ROOT, find_checkpoint, load, read_json, run_name, wider
 from sdrpn import (RPN, Letterbox, Region, answer, conversation, load_recipe, make_labels,
@@ -274,7 +275,8 @@ def start(args):
         questions = FileQuestions(args.data, args.images, args.samples, args.seed)
         source = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:16]
     images = str(Path(args.images).resolve()) if args.images else None
-    settings = {"ckpt": str(args.ckpt), "fingerprint": m.fingerprint, "data": source,
+    ckpt = str(folder.resolve()) if Path(args.ckpt).is_dir() else args.ckpt  # found from anywhere
+    settings = {"ckpt": ckpt, "fingerprint": m.fingerprint, "data": source,
                 "images": images, "questions": len(questions), "recipe": recipe, "dtype": dtype}
     for key in ("seed", "lr", "epochs", "batch_size", "grad_accum", "max_new_tokens"):
         settings[key] = getattr(args, key)
@@ -355,7 +357,9 @@ def finish(args, m, rpn, recipe, questions, run):
     (ROOT / "out").mkdir(exist_ok=True)
     write_text(ROOT / "out" / "last", (run.out.name if default else str(run.out.resolve())) + "\n")
     say(f"wrote {path} and {run.out / 'report.png'}; ask it something:")
-    say(f'python infer.py IMAGE "question" --ckpt {args.ckpt} --rpn {path}')
+    program, ckpt = os.path.relpath(ROOT / "infer.py"), run.settings["ckpt"]
+    words = ["--ckpt", ckpt, "--rpn", str(path.resolve())]
+    say(f'python {shlex.quote(program)} IMAGE "question" {shlex.join(words)}')
 
 
 def report(args, m, rpn, recipe, questions, path):
@@ -481,15 +485,6 @@ def fail(message, code=2):
     if first_to_fail():
         print("train.py:", str(BadInput(message)), file=sys.stderr)
     sys.exit(code)
-
-
-def first_to_fail():
-    if not dist.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
-    try:
-        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except RuntimeError:  # the store went with the process that failed first
-        return False
 
 
 if __name__ == "__main__":
