@@ -1,4 +1,4 @@
-"""A run's folder: stopped, killed, gone on with, spread over processes; nothing is lost, strangers' files are left alone.
+"""A run's folder: stopped, killed, gone on with, spread over processes; nothing is lost, no stranger's file touched.
 
     python -m pytest tests/test_run.py      # half a minute on one core, no network
 """
@@ -26,7 +26,7 @@ import infer  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from calls import (ROOT, argv, ask, call, everything, home, losses, made, one_line, room_for,  # noqa: E402, F401
-                   rows_of, weights)
+                   rows_of, same_rpn, weights)
 from data import run as data_run  # noqa: E402
 from data.run import Run  # noqa: E402
 
@@ -92,8 +92,7 @@ def test_a_second_ctrl_c_stops_at_once_and_labels_are_kept(made, tmp_path, monke
     assert labelled == 16 and sum(taught) >= labelled
     taught.clear()
     assert call(train, *argv(made, run))[0] == 0 and weights(run) == weights(made.whole)
-    # of 24 samples the third step's alone, conversations counted turn by turn; and six for the report
-    assert sum(taught) < 24
+    assert 8 <= sum(taught) < 16  # of 24 samples the third step's alone, conversations counted turn by turn
 
 
 def test_ctrl_c_while_loading(made, tmp_path, monkeypatch):
@@ -152,7 +151,7 @@ def test_a_moved_checkpoint_or_a_newline_in_its_config_is_the_same_model(made, t
     run, moved = half(made, tmp_path / "run"), shutil.copytree(made.ckpt, tmp_path / "moved")
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps(config, indent=3, sort_keys=True) + "\n\n")
-    assert call(train, *argv(made, run, "--ckpt", moved))[0] == 0 and weights(run) == weights(made.whole)
+    assert call(train, *argv(made, run, "--ckpt", moved))[0] == 0 and same_rpn(run, made.whole)
     code, _, err = call(infer, made.image, "Why?", *ask(made, "--ckpt", moved, "--rpn", made.whole / "rpn.safetensors"))
     assert code == 0, err
     config["text_config"]["rms_norm_eps"] = 1e-4  # another number is another model
@@ -191,8 +190,8 @@ def test_a_damaged_run_says_so(made, tmp_path):
 
 STRANGERS = {
     "photos": {"holiday.jpg.partial": "mine", "config.json.partial": "mine", "resume.safetensors.partial": "mine"},
-    "yolo": {"config.json": '{"names": ["cat"]}', "labels/a.txt": "0 .5 .5 .1 .1", "labels/000000-0of1.safetensors": "x",
-             "log.jsonl": "mine"},
+    "yolo": {"config.json": '{"names": ["cat"]}', "labels/a.txt": "0 .5 .5 .1 .1", "log.jsonl": "mine",
+             "labels/000000-0of1.safetensors": "mine"},
     "text": {"config.json": "sdrpn = 1", "report.png": "mine"},
     "list": {"config.json": '["sdrpn"]', "rpn.safetensors": "mine"},
     "word": {"config.json": '"sdrpn"', "rpn.safetensors": "mine"},
@@ -441,7 +440,7 @@ def test_an_rpn_that_learnt_nothing_is_not_installed(made, tmp_path):
                  says="not one of 48 samples had a label.*tables.py heads.*recipe.json.*--fresh")
         assert not (run / "rpn.safetensors").exists() and not (tmp_path / "out/last").exists()
     (flat / "recipe.json").write_text((made.ckpt / "recipe.json").read_text())  # its remedy works
-    assert call(train, *argv(made, run, "--ckpt", flat, "--fresh"))[0] == 0 and weights(run) == weights(made.whole)
+    assert call(train, *argv(made, run, "--ckpt", flat, "--fresh"))[0] == 0 and same_rpn(run, made.whole)
 
 
 def test_bad_samples_are_skipped_counted_and_listed(made, tmp_path):
@@ -491,7 +490,7 @@ def test_any_out_is_remembered_and_the_closing_line_is_a_whole_command(made, tmp
     monkeypatch.chdir(tmp_path)
     shutil.copytree(made.ckpt, tmp_path / "my model")
     code, _, err = call(train, *argv(made, "my $run", "--ckpt", "my model"))
-    assert code == 0 and weights(tmp_path / "my $run") == weights(made.whole)
+    assert code == 0 and same_rpn(tmp_path / "my $run", made.whole)
     rpn = tmp_path / "my $run" / "rpn.safetensors"
     code, out, said = call(infer, made.image, *closing_command(err), "--json")
     assert code == 0 and Path(json.loads(out)["rpn"]).resolve() == rpn, said
