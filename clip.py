@@ -84,7 +84,7 @@ def open_source(path):
     """What Pillow opens for this path: the path itself, or standard input in memory."""
     if path in ("-", "/dev/stdin"):
         return io.BytesIO(sys.stdin.buffer.read())
-    if re.match(r"[a-z]+://", path, re.IGNORECASE):
+    if re.match(r"[a-z][a-z0-9+.-]*://", path, re.IGNORECASE):
         raise BadInput(f"{path}: pictures are not fetched; download it first: curl -LO '{path}'")
     if os.path.isdir(path):
         raise BadInput(f"{path}: a folder; name one picture in it")

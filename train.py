@@ -31,9 +31,9 @@ from data.questions import read_questions
 from data.run import Run, Tally, first_to_fail, say
 from data.toy.scenes import ToyQuestions
 from model import KNOWN, ROOT, find_checkpoint, load, read_json, run_name, wider
-from sdrpn import (RPN, Letterbox, Region, answer, conversation, load_recipe, make_labels,
-                   recipe_for, regions_above, roi_loss, smooth, teach, teacher_question,
-                   teacher_view)
+from sdrpn import (RPN, Letterbox, Region, answer, check_depth, conversation, load_recipe,
+                   make_labels, recipe_for, regions_above, roi_loss, smooth, teach,
+                   teacher_question, teacher_view)
 
 TOO_FAR = ("the learning rate is likely too high or the dtype too narrow: "
            "use --dtype float32 or a lower --lr, with --fresh")
@@ -266,6 +266,7 @@ def start(args):
     say(f"{folder} on {device} ({'--device' if args.device else 'default'}) in {dtype} "
         f"({'--dtype' if args.dtype else 'default for training'})")
     fill_in(args, recipe)
+    check_depth(m, args.frozen_layers, args.rpn_layers)  # before the run's folder is made
     recipe = recipe | {"frozen": args.frozen_layers, "layers": args.rpn_layers}
     if "budget" in recipe:
         m.budget = tuple(recipe["budget"])
@@ -403,7 +404,8 @@ def parser():
     add("--grad-accum", type=int,
         help="a step is batch-size x grad-accum samples, on any number of processes")
     add("--teacher-batch", type=int, default=8,
-        help="questions answered at a time; lower it when the teacher runs out of memory")
+        help="questions answered at a time; lower it when the teacher runs out of memory; "
+             "default: 8")
     add("--lr", type=float, help="peak learning rate; lower it if the loss jumps")
     add("--epochs", type=int, help="passes over the questions; labels are made in the first only")
     add("--frozen-layers", type=int, help="B: decoder layers below the RPN (Table 4a)")
