@@ -25,7 +25,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 PAD_COLOUR = tuple(int(255 * m) for m in MEAN)  # (122, 116, 104), what LLaVA pads with
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-MAX_PIXELS, MAX_SIDE = 100_000_000, 12_000  # at most 1.1 GB while a picture is read and padded
+MAX_PIXELS, MAX_SIDE = 100_000_000, 11_000  # at most 1.1 GB while a picture is read and padded
 VIT_L_14_336 = dict(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
     image_size=336, patch_size=14, layer_norm_eps=1e-5, hidden_act="quick_gelu")
@@ -65,9 +65,11 @@ def load_image(path):
     source = open_source(str(path))
     try:
         with Image.open(source, formats=FORMATS) as picture:
-            check_size(path, *picture.size)
+            check_size(path, picture)
             picture.seek(0)
-            return to_rgb(ImageOps.exif_transpose(picture))
+            picture.load()
+        ImageOps.exif_transpose(picture, in_place=True)  # a copy of a large picture is 400 MB
+        return to_rgb(picture)
     except UnidentifiedImageError:
         raise BadInput(f"{path}: not an image in a known format; "
                        f"use one of {', '.join(FORMATS)}") from None
@@ -82,7 +84,7 @@ def open_source(path):
     """What Pillow opens for this path: the path itself, or standard input in memory."""
     if path in ("-", "/dev/stdin"):
         return io.BytesIO(sys.stdin.buffer.read())
-    if re.match(r"[a-z]+://", path, re.IGNORECASE):
+    if re.match(r"[a-z][a-z0-9+.-]*://", path, re.IGNORECASE):
         raise BadInput(f"{path}: pictures are not fetched; download it first: curl -LO '{path}'")
     if os.path.isdir(path):
         raise BadInput(f"{path}: a folder; name one picture in it")
@@ -91,9 +93,14 @@ def open_source(path):
     return path
 
 
-def check_size(path, w, h):
-    if w * h > MAX_PIXELS or max(w, h) > MAX_SIDE:
-        raise BadInput(f"{path}: {w}x{h} pixels is above the limit of {MAX_PIXELS // 10**6} "
+def check_size(path, picture):
+    """Half the limit for what Pillow needs twice the memory for. Raises BadInput."""
+    (w, h), limit = picture.size, MAX_PIXELS
+    wide = picture.mode[0] in "IF"  # 16 or 32 bits a value
+    if wide or picture.format == "WEBP" or "progressive" in picture.info:
+        limit = MAX_PIXELS // 2
+    if w * h > limit or max(w, h) > MAX_SIDE:
+        raise BadInput(f"{path}: {w}x{h} pixels is above the limit of {limit // 10**6} "
                        f"megapixels or {MAX_SIDE} a side; make it smaller first")
 
 
@@ -102,9 +109,11 @@ def to_rgb(picture):
     if picture.mode.startswith("I") or picture.mode == "F":  # convert() would clip these to white
         picture = Image.fromarray(to_bytes(np.asarray(picture, dtype=np.float32)))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # transparent pixels hold arbitrary colours
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
+        if picture.mode not in ("RGBA", "LA"):
+            picture = picture.convert("RGBA")
+        white = Image.new("RGB", picture.size, "white")  # transparent pixels hold arbitrary colours
+        white.paste(picture, mask=picture)
+        return white
     return picture.convert("RGB")
 
 
@@ -115,7 +124,10 @@ def to_bytes(values):
         low, high = 0, 65535
     else:
         low, high = min(values.min(), 0), max(values.max(), 255)
-    return ((values - low) * 255 / (high - low)).astype(np.uint8)
+    values -= low
+    values *= 255
+    values /= high - low
+    return values.astype(np.uint8)
 
 
 def to_tensor(picture, mean=MEAN, std=STD):
@@ -135,13 +147,15 @@ def pad_to_square(picture, colour=PAD_COLOUR):
 
 def preprocess(picture, size):
     """The whole picture as LLaVA-1.5 sees it: padded to a square, bicubic -> (3, S, S) float32."""
-    square = pad_to_square(picture.convert("RGB"))
+    square = pad_to_square(picture)
     return to_tensor(square.resize((size, size), Image.BICUBIC))
 
 
 def preprocess_crop(picture, box, size):
     """A region (x0, y0, x1, y1) in source pixels, stretched bilinearly -> (3, S, S) float32."""
-    crop = picture.convert("RGB").crop(box)
+    crop = picture.crop(box)
+    if crop.mode != "RGB":
+        crop = crop.convert("RGB")
     return to_tensor(crop.resize((size, size), Image.BILINEAR))
 
 

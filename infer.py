@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin stall a busy machine
@@ -25,6 +26,7 @@ from clip import FORMATS, BadInput, load_image, printable
 from data import draw, metrics
 from data.files import read_rows, write_text
 from data.questions import read_questions
+from data.run import first_to_fail
 from data.toy.scenes import SIZES
 from model import (KNOWN, ROOT, compile_decode, find_checkpoint, load,
                    read_family, read_json, run_name)
@@ -70,7 +72,7 @@ def trained_last():
     last = ROOT / "out" / "last"
     if not last.is_file():
         return None, None
-    run = ROOT / "out" / last.read_text(encoding="utf-8").strip()
+    run = ROOT / "out" / last.read_text(encoding="utf-8").removesuffix("\n")
     if not (run / "rpn.safetensors").is_file():
         raise BadInput(f"{last}: names {run}, whose rpn.safetensors is gone; train again, "
                        f"name --ckpt, or delete {last}")
@@ -189,10 +191,13 @@ def converse(m, rpn, args, tau):
         history.append((line, respond(m, rpn, args, tau, line, history)))
 
 
-def warn_of_strangers(m, args):
-    """The toy knows nothing but its own scenes."""
-    training = (args.recipe or {}).get("train", {})
-    if training.get("data") == "toy scenes" and args.picture.size not in SIZES:
+def warn_of_strangers(m, picture):
+    """The toy knows nothing but its own scenes; its recipe says so."""
+    try:
+        source = read_json(m.folder / "recipe.json")["train"]["data"]
+    except (BadInput, KeyError, TypeError):  # --mode plain needs no recipe
+        return
+    if source == "toy scenes" and picture.size not in SIZES:
         say("note: the toy knows only its own scenes (data/toy/scenes.py makes more); of another "
             "picture it can say nothing sensible. A real model: --ckpt llava-1.5-7b")
 
@@ -268,7 +273,7 @@ def setting_key(m, rpn, args, questions, root):
     """A name for all that makes the answers: code, weights, RPN, questions, pictures, settings."""
     digest = hashlib.sha256()
     names = "clip.py", "model.py", "sdrpn.py", "infer.py", "data/metrics.py"
-    code = [ROOT / name for name in names]
+    code = [Path(__file__).parent / name for name in names]
     code += [Path(sys.modules[type(m).__module__].__file__), Path(args.eval)]
     if rpn is not None and rpn.path.is_file():
         code.append(rpn.path)
@@ -287,13 +292,14 @@ def setting_key(m, rpn, args, questions, root):
 def evaluate(m, rpn, args):
     """Plain and two-stage on a file of questions, this process's share -> rank 0: the summary."""
     questions, root = read_questions(args.eval, args.images)
+    name = setting_key(m, rpn, args, questions, root)
     questions = questions[:args.limit]
     for number, q in enumerate(questions, 1):
         if not q.get("answers"):
             raise BadInput(f"{args.eval}: question {number} has no 'answers', "
                            "so it can not be scored")
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    path = ROOT / "out" / "eval" / f"{setting_key(m, rpn, args, questions, root)}.jsonl"
+    path = ROOT / "out" / "eval" / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = gather(path, args.fresh, world, rank)
     done = sum(i in rows for i in range(len(questions)))
@@ -422,7 +428,7 @@ def work(args):
         if summary is not None:
             print(json.dumps(summary))
         return
-    warn_of_strangers(m, args)
+    warn_of_strangers(m, args.picture)
     tau = args.tau or (args.recipe or {}).get("tau", 0.15)
     if args.question is None:
         converse(m, rpn, args, tau)
@@ -435,7 +441,7 @@ def main(argv=None):
     p.error = lambda message: fail(f"{message}; see python infer.py --help")
     args = p.parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
         if torch.cuda.is_available() and not args.device:
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -451,13 +457,19 @@ def main(argv=None):
         fail(f"stdin or stdout can not hold this text ({e}); set PYTHONIOENCODING=utf-8")
     except KeyboardInterrupt:
         fail("stopped; with --eval the same command goes on", 130)
+    except RuntimeError:
+        if not first_to_fail():  # a process that lost its partner
+            sys.exit(1)
+        raise
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
 def fail(message, code=2):
-    print("infer.py:", str(BadInput(message)), file=sys.stderr)
+    """One line on stderr, from one process."""
+    if first_to_fail():
+        print("infer.py:", str(BadInput(message)), file=sys.stderr)
     sys.exit(code)
 
 

@@ -725,7 +725,7 @@ def read_family(folder):
 
 
 def explain_folder(folder):
-    """A folder without config.json: say what it is, if that can be told. Raises BadInput."""
+    """A folder without config.json or weights: say what it is, if that shows. Raises BadInput."""
     snapshots = sorted(folder.glob("snapshots/*/config.json"))
     if snapshots:
         raise BadInput(f"{folder}: the root of a hub download; "
@@ -800,6 +800,7 @@ def open_shards(folder):
     elif single.is_file():
         names = [single.name]
     else:
+        explain_folder(folder)
         pickles = sorted(p.name for end in ("bin", "pt", "pth") for p in folder.glob(f"*.{end}"))
         if pickles:
             raise BadInput(f"{folder}: holds {pickles[0]}, a pickle, which is never loaded; use "

@@ -317,9 +317,7 @@ class RPN(nn.Module):
     @classmethod
     def from_layers(cls, m, frozen, layers):
         """An untrained RPN: float32 copies of decoder layers B..B+R-1 and of the final norm."""
-        if not (1 <= frozen and 1 <= layers and frozen + layers <= m.depth):
-            raise BadInput(f"--frozen-layers {frozen} and --rpn-layers {layers}: both at least 1, "
-                           f"together at most the model's {m.depth} layers")
+        check_depth(m, frozen, layers)
         rpn = cls(m.config, frozen, layers)
         backbone = {"twig_norm.weight": m.language_model.norm.weight}
         for i in range(layers):
@@ -388,6 +386,12 @@ def open_rpn(path):
     except (ValueError, TypeError, RecursionError):
         facts = {}
     return path, [shard], facts
+
+
+def check_depth(m, frozen, layers):
+    if not (1 <= frozen and 1 <= layers and frozen + layers <= m.depth):
+        raise BadInput(f"--frozen-layers {frozen} and --rpn-layers {layers}: both at least 1, "
+                       f"together at most the model's {m.depth} layers")
 
 
 def conversation(m, turns, responses, grid):

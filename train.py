@@ -16,6 +16,7 @@ import hashlib
 import math
 import os
 import random
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +28,12 @@ from clip import BadInput, load_image
 from data import draw, metrics
 from data.files import write_text
 from data.questions import read_questions
-from data.run import Run, Tally, say
+from data.run import Run, Tally, first_to_fail, say
 from data.toy.scenes import ToyQuestions
 from model import KNOWN, ROOT, find_checkpoint, load, read_json, run_name, wider
-from sdrpn import (RPN, Letterbox, Region, answer, conversation, load_recipe, make_labels,
-                   recipe_for, regions_above, roi_loss, smooth, teach, teacher_question,
-                   teacher_view)
+from sdrpn import (RPN, Letterbox, Region, answer, check_depth, conversation, load_recipe,
+                   make_labels, recipe_for, regions_above, roi_loss, smooth, teach,
+                   teacher_question, teacher_view)
 
 TOO_FAR = ("the learning rate is likely too high or the dtype too narrow: "
            "use --dtype float32 or a lower --lr, with --fresh")
@@ -265,6 +266,7 @@ def start(args):
     say(f"{folder} on {device} ({'--device' if args.device else 'default'}) in {dtype} "
         f"({'--dtype' if args.dtype else 'default for training'})")
     fill_in(args, recipe)
+    check_depth(m, args.frozen_layers, args.rpn_layers)  # before the run's folder is made
     recipe = recipe | {"frozen": args.frozen_layers, "layers": args.rpn_layers}
     if "budget" in recipe:
         m.budget = tuple(recipe["budget"])
@@ -274,7 +276,8 @@ def start(args):
         questions = FileQuestions(args.data, args.images, args.samples, args.seed)
         source = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:16]
     images = str(Path(args.images).resolve()) if args.images else None
-    settings = {"ckpt": str(args.ckpt), "fingerprint": m.fingerprint, "data": source,
+    ckpt = str(folder.resolve()) if Path(args.ckpt).is_dir() else args.ckpt  # found from anywhere
+    settings = {"ckpt": ckpt, "fingerprint": m.fingerprint, "data": source,
                 "images": images, "questions": len(questions), "recipe": recipe, "dtype": dtype}
     for key in ("seed", "lr", "epochs", "batch_size", "grad_accum", "max_new_tokens"):
         settings[key] = getattr(args, key)
@@ -355,7 +358,9 @@ def finish(args, m, rpn, recipe, questions, run):
     (ROOT / "out").mkdir(exist_ok=True)
     write_text(ROOT / "out" / "last", (run.out.name if default else str(run.out.resolve())) + "\n")
     say(f"wrote {path} and {run.out / 'report.png'}; ask it something:")
-    say(f'python infer.py IMAGE "question" --ckpt {args.ckpt} --rpn {path}')
+    program, ckpt = os.path.relpath(ROOT / "infer.py"), run.settings["ckpt"]
+    words = ["--ckpt", ckpt, "--rpn", str(path.resolve())]
+    say(f'python {shlex.quote(program)} IMAGE "question" {shlex.join(words)}')
 
 
 def report(args, m, rpn, recipe, questions, path):
@@ -399,7 +404,8 @@ def parser():
     add("--grad-accum", type=int,
         help="a step is batch-size x grad-accum samples, on any number of processes")
     add("--teacher-batch", type=int, default=8,
-        help="questions answered at a time; lower it when the teacher runs out of memory")
+        help="questions answered at a time; lower it when the teacher runs out of memory; "
+             "default: 8")
     add("--lr", type=float, help="peak learning rate; lower it if the loss jumps")
     add("--epochs", type=int, help="passes over the questions; labels are made in the first only")
     add("--frozen-layers", type=int, help="B: decoder layers below the RPN (Table 4a)")
@@ -481,15 +487,6 @@ def fail(message, code=2):
     if first_to_fail():
         print("train.py:", str(BadInput(message)), file=sys.stderr)
     sys.exit(code)
-
-
-def first_to_fail():
-    if not dist.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
-    try:
-        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except RuntimeError:  # the store went with the process that failed first
-        return False
 
 
 if __name__ == "__main__":

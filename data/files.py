@@ -5,6 +5,7 @@
 
 Left out: what is in them.
 """
+import errno
 import json
 import os
 
@@ -19,9 +20,11 @@ def write_file(path, write):
         with open(partial, "rb+") as f:
             os.fsync(f.fileno())
         partial.replace(path)
-    except (OSError, SafetensorError) as e:  # safetensors reports a full disk in its own way
-        why = getattr(e, "strerror", None) or str(e)
-        raise OSError(getattr(e, "errno", None), why, str(path)) from None
+    except SafetensorError as e:  # its own way to report a full disk, or a folder that is gone
+        number = None if path.parent.is_dir() else errno.ENOENT
+        raise OSError(number, str(e), str(path)) from None
+    except OSError as e:
+        raise OSError(e.errno, e.strerror or str(e), str(path)) from None
     finally:
         partial.unlink(missing_ok=True)
 

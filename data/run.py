@@ -32,7 +32,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from clip import BadInput
+from clip import BadInput, printable
 from data.files import write_file, write_text
 
 try:
@@ -49,7 +49,18 @@ SHUT = (SafetensorError, KeyError, TypeError, ValueError, RuntimeError)  # how a
 def say(*words, end="\n"):
     """To stderr, by one process."""
     if not dist.is_initialized() or dist.get_rank() == 0:
+        words = [printable(word, keep="\n") for word in words]
         print(*words, end=end, file=sys.stderr, flush=True)
+
+
+def first_to_fail():
+    """Is this the process that says what is wrong? The others stop for the same reason."""
+    if not dist.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # the store went with the process that failed first
+        return False
 
 
 @dataclass
@@ -155,20 +166,22 @@ class Run:
         self.lock()
         if self.fresh:
             self.clear()
-            old = None
+        old = self.read_marker(config)  # again: a run that has ended meanwhile may have made it
         for leftover in [*self.out.glob("*.partial"), *self.out.glob("labels/*.partial")]:
             of = leftover.name.removesuffix(".partial")
             if of in FILES or LABELS.fullmatch(of):
                 leftover.unlink()
         if old:
             new = json.loads(json.dumps(self.settings))
-            changed = [key for key in new if old.get(key) != new[key]]
+            changed = [key for key in new if old.get(key) != new[key] and key != "ckpt"]
             if changed:
                 raise BadInput(f"{self.out}: holds a run with another {', '.join(changed)}; "
                                "use --fresh to start over, or another --out")
         else:
             write_text(config, json.dumps({"sdrpn": 1} | self.settings, indent=1) + "\n")
         (self.out / "labels").mkdir(exist_ok=True)
+        if self.finished:  # stopped between the two, at the very end
+            (self.out / "resume.safetensors").unlink(missing_ok=True)
 
     def read_marker(self, config):
         """The settings of the run in this folder; None: it is none; {}: damaged, with --fresh."""
@@ -177,7 +190,7 @@ class Run:
         text = config.read_text(encoding="utf-8", errors="replace")
         try:
             old = json.loads(text)
-            return old if "sdrpn" in old else None
+            return old if isinstance(old, dict) and "sdrpn" in old else None
         except (ValueError, TypeError, RecursionError):
             if not text.startswith('{\n "sdrpn": '):  # how ours begins
                 return None
