@@ -74,9 +74,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        y = x.to(wider(x.dtype))
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)  # cast back before the weight, as LLaMA does
+        y = F.rms_norm(x, self.weight.shape, eps=self.eps)  # its statistics are float32 or wider
+        return self.weight * y  # y is in x's dtype again before the weight, as in LLaMA
 
 
 def rope_table(positions, d, theta, sections=None, dtype=torch.float32):

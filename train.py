@@ -263,8 +263,11 @@ def start(args):
     dtype = args.dtype or ("float32" if toy and device == "cpu" else "bfloat16")
     recipe = load_recipe(folder)
     m = load(folder, device, dtype)
+    threads = ""
+    if m.device.type == "cpu":  # unlike infer.py, training is fastest on all, also beside others
+        threads = f", {torch.get_num_threads()} thread(s) (OMP_NUM_THREADS sets fewer)"
     say(f"{folder} on {device} ({'--device' if args.device else 'default'}) in {dtype} "
-        f"({'--dtype' if args.dtype else 'default for training'})")
+        f"({'--dtype' if args.dtype else 'default for training'}){threads}")
     fill_in(args, recipe)
     check_depth(m, args.frozen_layers, args.rpn_layers)  # before the run's folder is made
     recipe = recipe | {"frozen": args.frozen_layers, "layers": args.rpn_layers}

@@ -1,45 +1,141 @@
 """
-A LLaVA and an RPN of true sizes with random weights, and an RPN that says what it is told. For measurements and tests.
+Models of true sizes with random weights, of any family, with their RPN; and answers that crop what they are told.
 
-    llava, rpn, recipe, work = random_model("llava-1.5-7b", torch.device("cuda"), torch.float16)
-    answer(llava, Steered(rpn, band(24, 300)), image, QUESTION, ignore_eos=True)      # a crop of exactly 300 tokens
+    m, rpn, recipe, work = random_model("llava-1.5-7b", torch.device("cuda"), torch.float16)
+    steered(m, rpn, band((24, 24), 300), picture, QUESTION)    # an answer with a crop of exactly 300 tokens
 
-    python tests/random_llava.py out/random-7b --random llava-1.5-7b    # a folder that --ckpt takes: 14 GB in shards, the toy's tokeniser
+    python tests/random_llava.py out/random-7b --random llava-1.5-7b    # a folder for --ckpt: 14 GB in shards
 
-Left out: answers that mean anything.
+EOS is never the likeliest token, so every answer runs to its limit. Left out: answers that mean anything.
 """
 import argparse
+import importlib.util
 import json
 import re
 import shutil
+import sys
+import tempfile
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 
-from bounds import SIZES, work  # also puts the project on the path
-from model import LLaVA, find_checkpoint
-from data.recipe import LLAVA_TRAINING, RECIPES
-from sdrpn import RPN
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE / "golden")]
 
-QUESTION = "What is written on the red sign over the door?\nAnswer the question using a single word or phrase."  # 636 tokens in all
+import sdrpn  # noqa: E402 (the project is on the path only now)
+from bounds import Work  # noqa: E402
+from clip import VIT_L_14_336  # noqa: E402
+from model import find_checkpoint, read_family  # noqa: E402
+from sdrpn import RELEASED_TRAINING, RPN, answer  # noqa: E402
+from slow import regions_of  # noqa: E402
+
+QUESTION = ("What is written on the red sign over the door?\n"
+            "Answer the question using a single word or phrase.")  # with LLaVA's prompt 636 tokens in all
+SQUARE = 480  # side of the picture that is asked about: square, so that every cell may be cropped
+BUDGET = 451584, 451584  # pixels, where a family takes any size: 24 x 24 tokens, as the others have
+TINY_BUDGET = 19600, 23520  # 5 x 5
+
+
+def llava(width, mlp, layers, heads, **vision):
+    """config.json of a LLaVA."""
+    text = dict(hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+                rms_norm_eps=1e-5, max_position_embeddings=4096, vocab_size=32064)
+    return dict(model_type="llava", image_token_index=32000, text_config=text, vision_config=VIT_L_14_336 | vision)
+
+
+def published(module, names):
+    """{name: config.json} of what a golden script knows; none if its family is not here."""
+    if importlib.util.find_spec(module) is None:
+        return {}
+    module = importlib.import_module(module)
+    return {name: getattr(module, table)[key] for name, (table, key) in names.items()}
+
+
+TINY_TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=48,
+                  patch_size=6)
+CONFIGS = {
+    "llava-1.5-7b": llava(4096, 11008, 32, 32),
+    "llava-1.5-13b": llava(5120, 13824, 40, 40),
+    "small": llava(1024, 2816, 12, 16),
+    "tiny": llava(48, 80, 6, 4, **TINY_TOWER),
+    **published("deepseek_formula", {
+        "deepseek-vl-1.3b": ("TRUE_CONFIGS", "deepseek-vl-1.3b"), "deepseek-vl-7b": ("TRUE_CONFIGS", "deepseek-vl-7b"),
+        "tiny-deepseek": ("CONFIGS", "hybrid")}),
+    **published("qwen_formula", {
+        "qwen2.5-vl-3b": ("CONFIGS", "qwen2.5-vl-3b"), "qwen2.5-vl-7b": ("CONFIGS", "qwen2.5-vl-7b"),
+        "tiny-qwen": ("TINY", "tied")}),
+}
+TINY = tuple(name for name in CONFIGS if name.startswith("tiny"))
 
 
 class Words:
-    """Stands in for the tokeniser: an id for each word or sign. Only the number of ids matters here."""
-    bos_id, eos_id, get_piece_size = (lambda self: 1), (lambda self: 2), (lambda self: 32000)
+    """Stands in for a tokeniser: an id for each word or sign. Only the number of ids matters here."""
 
-    def encode(self, text):
-        return [3 + zlib.crc32(w.encode()) % 31000 for w in re.findall(r"\w{1,9}|\s$|[^\w ]", text)]
+    def __init__(self, config):
+        vision = config.get("vision_start_token_id", 0)
+        image = config.get("image_token_index", config.get("image_token_id"))
+        if image is None:  # DeepSeek-VL: the tokeniser says it
+            image = min(100015, config["language_config"]["vocab_size"] - 1)
+        self.size = image
+        self.ids = {"<|vision_start|>": vision, "<|vision_end|>": vision + 1, "<image_placeholder>": image}
+
+    def bos_id(self):
+        return 1
+
+    def eos_id(self):
+        return 2
+
+    def get_piece_size(self):
+        return self.size
+
+    def token_id(self, name):
+        return self.ids.get(name, 2)
+
+    def encode(self, text, special=False):
+        words = re.findall(r"\w{1,9}|\s$|[^\w ]", text)
+        return [3 + zlib.crc32(word.encode()) % (self.size - 3) for word in words]
 
     def decode(self, ids):
         return " ".join(map(str, ids))
 
 
+def skeleton(name, layers=None):
+    """A model without weights (on the meta device), its RPN, its recipe. layers: fewer of the decoder's."""
+    config = json.loads(json.dumps(CONFIGS[name]))
+    text = config.get("text_config") or config.get("language_config") or config
+    depth = text["num_hidden_layers"]
+    text["num_hidden_layers"] = layers or depth
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config))
+        family, sizes = read_family(Path(folder))
+    recipe = plain_recipe(depth) | sdrpn.released_recipe(family, sizes | {"num_hidden_layers": depth})
+    if layers:
+        frozen = max(1, recipe["frozen"] * layers // depth)
+        recipe |= plain_recipe(layers) | dict(frozen=frozen, layers=min(recipe["layers"], layers - frozen))
+    recipe = sdrpn.recipe_for(recipe, None)
+    with torch.device("meta"):
+        m = family(sizes, Words(config))
+        rpn = RPN(m.config, recipe["frozen"], recipe["layers"])
+    if m.budget is not None:
+        m.budget = TINY_BUDGET if name in TINY else BUDGET
+    m.folder, m.fingerprint = Path(name), "random"
+    return m, rpn, recipe
+
+
+def plain_recipe(depth):
+    """For a shape that none was released for."""
+    frozen = depth // 2
+    sink = dict(kind="attention", attention={str(min(2, depth - 1)): None}, threshold=1e-3)
+    return dict(attention={str(frozen - 1): [0, 1, 2]}, softmax="sequence", sink=sink, frozen=frozen,
+                layers=min(2, depth - frozen), tau=0.15, train=RELEASED_TRAINING)
+
+
 def fill(module, device, dtype):
-    """Random weights for a module on the meta device, made in place and in dtype, scaled so that no activation grows. Norms: 1."""
+    """Random weights, made in place and in dtype, scaled so that no activation grows. Norms: 1."""
     noise = torch.randn(1_000_003, device=device).to(dtype)
     for name, p in list(module.named_parameters()):
         t = torch.empty(p.shape, device=device, dtype=dtype)
@@ -54,55 +150,66 @@ def fill(module, device, dtype):
     return module.eval()
 
 
+def give_weights(m, rpn, device, dtype):
+    fill(m, device, dtype)
+    fill(rpn, device, dtype)
+    if m.config["tied"]:
+        m.lm_head.weight = m.language_model.embed_tokens.weight
+    for token in m.config["eos_ids"]:
+        m.lm_head.weight[token] = 0.0  # its logit is 0; the largest of all the others never is
+
+
 def random_model(name, device, dtype, layers=None):
-    """-> LLaVA, RPN, recipe, Work. EOS is never the most likely token, so every answer runs to its limit."""
-    w = work(name, layers, dtype.itemsize)
-    recipe = RECIPES.get((w.L, w.D)) or dict(
-        attention={str(w.B - 1): [0, 1, 2]}, softmax="sequence", sink=dict(kind="attention", attention={str(min(2, w.L - 1)): None}, threshold=1e-3),
-        frozen=w.B, layers=w.R, tau=0.15, train=LLAVA_TRAINING)
-    with torch.device("meta"):
-        llava, rpn = LLaVA(w.c, w.v, 32000, Words()), RPN(w.c, w.B, w.R)
-    fill(llava, device, dtype), fill(rpn, device, dtype)
-    llava.lm_head.weight[2] = 0.0
-    llava.folder, llava.fingerprint = Path(name), "random"
-    return llava, rpn, recipe, w
+    """-> a model, its RPN, its recipe, and the Work that its stages are."""
+    m, rpn, recipe = skeleton(name, layers)
+    work = Work(m, recipe, SQUARE, dtype.itemsize)
+    give_weights(m, rpn, device, dtype)
+    return m, rpn, recipe, work
 
 
-class Steered:
-    """The RPN runs, and then says what it was told: every run crops the same tokens."""
-    smooth, path = False, None
+# -------------------------------------------------------------------------------- what is cropped
 
-    def __init__(self, rpn, cells):
-        self.rpn, self.frozen, self.told = rpn, rpn.frozen, torch.where(cells, 9.0, -9.0)
+def steered(m, rpn, cells, picture, question, mode="mask", **how):
+    """answer(), where the RPN and the search for regions run whole, and then these cells (h, w) are cropped."""
+    told, find_regions = regions_of(cells), sdrpn.find_regions
 
-    def logits(self, hidden, columns):
-        return self.rpn.logits(hidden, columns).float().cpu() * 0 + self.told
-
-
-def band(g, n):
-    """(g, g) bool, n cells around the diagonal: their box is the whole grid, so Masked Upscaling keeps exactly n tokens."""
-    i, cells = torch.arange(g), torch.zeros(g * g, dtype=torch.bool)
-    cells[(i[:, None] - i).abs().flatten().argsort(stable=True)[:n]] = True
-    return cells.view(g, g)
+    def find(*given):
+        find_regions(*given)
+        return told
+    with mock.patch.object(sdrpn, "find_regions", find):
+        return answer(m, rpn, picture, question, mode, **how)
 
 
-def squares(g, *spans):
-    cells = torch.zeros(g, g, dtype=torch.bool)
+def band(grid, n):
+    """(h, w) bool: n cells around the diagonal. Their box is the whole grid, so Masked Upscaling keeps these n.
+
+    >>> band((3, 3), 5).int().tolist()
+    [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
+    """
+    h, w = grid
+    off = (torch.arange(h)[:, None] * w - torch.arange(w) * h).abs().flatten()
+    cells = torch.zeros(h * w, dtype=torch.bool)
+    cells[off.argsort(stable=True)[:n]] = True
+    return cells.view(h, w)
+
+
+def squares(grid, *spans):
+    """(h, w) bool: squares on the diagonal, from cell a up to b."""
+    cells = torch.zeros(grid, dtype=torch.bool)
     for a, b in spans:
         cells[a:b, a:b] = True
     return cells
 
 
+# ------------------------------------------------------------------------------------ a checkpoint
+
 def write_checkpoint(name, folder, shard_bytes=2 << 30):
-    """A folder in the Hugging Face layout, float16, filled and written one part of the network at a time."""
-    w = work(name)
-    with torch.device("meta"):
-        llava = LLaVA(w.c, w.v, 32000, Words())
+    """A LLaVA's folder in the Hugging Face layout, float16, filled and written one part of the network at a time."""
+    m, _, _ = skeleton(name)
     folder.mkdir(parents=True)
     for file in ("tokenizer.model", "preprocessor_config.json"):
         shutil.copy(find_checkpoint("toy") / file, folder / file)
-    (folder / "config.json").write_text(json.dumps({
-        "model_type": "llava", "image_token_index": 32000, "torch_dtype": "float16", "text_config": w.c, "vision_config": w.v}, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name] | {"torch_dtype": "float16"}, indent=1) + "\n")
     weight_map, shard = {}, {}
 
     def flush():
@@ -111,12 +218,12 @@ def write_checkpoint(name, folder, shard_bytes=2 << 30):
         weight_map.update(dict.fromkeys(shard, file))
         shard.clear()
 
-    parts = [llava.vision_tower, llava.multi_modal_projector, llava.language_model.embed_tokens, *llava.language_model.layers,
-             llava.language_model.norm, llava.lm_head]
-    names = {id(module): prefix for prefix, module in llava.named_modules()}
+    parts = [m.vision_tower, m.multi_modal_projector, m.language_model.embed_tokens, *m.language_model.layers,
+             m.language_model.norm, m.lm_head]
+    names = {id(module): prefix for prefix, module in m.named_modules()}
     for part in parts:
         fill(part, torch.device("cpu"), torch.float16)
-        shard |= {f"{names[id(part)]}.{k}": p.data for k, p in part.named_parameters()}
+        shard |= {f"{names[id(part)]}.{key}": p.data for key, p in part.named_parameters()}
         part.to("meta")
         if sum(t.nbytes for t in shard.values()) > shard_bytes:
             flush()
@@ -125,8 +232,9 @@ def write_checkpoint(name, folder, shard_bytes=2 << 30):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write a checkpoint of true shapes with random weights.")
+    parser = argparse.ArgumentParser(description="Write a LLaVA's checkpoint of true shapes with random weights.")
     parser.add_argument("folder", type=Path, help="must not exist yet")
-    parser.add_argument("--random", choices=SIZES, default="small", help="whose shapes")
+    names = [name for name, config in CONFIGS.items() if config["model_type"] == "llava"]
+    parser.add_argument("--random", choices=names, default="small", help="whose shapes")
     args = parser.parse_args()
     write_checkpoint(args.random, args.folder)
