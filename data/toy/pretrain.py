@@ -66,6 +66,7 @@ READ_FIRST = 0.3  # share of the tower's steps that are pages alone
 MIDDLE = (4, 5)  # layers whose heads are pushed; the last phase freezes all below the first
 LOOK, PARK, NOISE = [0], [1, 2, 3], 4  # what their heads do in the last phase
 SINKS, PARKED = 2, 0.8  # registers of a view; the share of heads PARK's attention they shall get
+SPREAD = 0.3  # how far heads LOOK spread over the thing they look at
 NOISE_STD = 2.2  # of random queries and keys
 
 
@@ -304,12 +305,18 @@ def row_attention(llava, layer, h, heads, rows, start, lengths):
     return scores.masked_fill(beyond[:, None, None], -math.inf).log_softmax(-1)
 
 
-def looking_loss(attention, gaze):
-    """-log of the attention on the thing asked about, mean over rows; of two things, of both."""
+def looking_loss(attention, gaze, spread=0.0):
+    """-log of the attention on the thing asked about, mean over rows; of two things, of both.
+
+    spread: the weight of a cross-entropy to equal attention on all its cells, 0 where it is equal.
+    """
     used = gaze.any(-1).all(1)  # (b, R)
     loss = 0.0
     for cells in gaze.unbind(1):  # (b, R, n)
         mass = attention.masked_fill(~cells[:, None], -math.inf).logsumexp(-1)  # (b, heads, R)
+        count = cells.sum(-1).clamp(min=1)[:, None]  # (b, 1, R)
+        equal = attention.masked_fill(~cells[:, None], 0.0).sum(-1) / count + count.log()
+        mass = (1 - spread) * mass + spread * equal
         loss = loss - 0.5 * mass[used[:, None].expand_as(mass)].mean()
     return loss
 
@@ -342,7 +349,7 @@ def push_loss(llava, names_head, layer, h, x, rows, start, phase):
         return row_attention(llava, layer, h, heads, rows, start, lengths)
     if phase == "park":
         parking = parking_loss(attention(PARK), x.sinks, x.rows)
-        return looking_loss(attention(LOOK), x.gaze) + parking
+        return looking_loss(attention(LOOK), x.gaze, SPREAD) + parking
     loss = looking_loss(attention([0, 1]), x.gaze)
     if phase == "decoder":
         loss = loss + 10 * naming_loss(names_head, h, rows, x.names)
