@@ -2,8 +2,9 @@
 
 A picture (long side 672 px) holds 3 to 6 big named shapes on a cluttered pastel ground. Each shape
 carries two details: a plate with a number or a word, and a coloured dot. A toy model that sees the
-whole picture at 168 px (4x smaller) can find the shape but often can not read its details; a crop of
-the shape's box at full resolution always shows them. So the questions reward looking at the right place.
+whole picture at 168 px (4x smaller) can find the shape but often can not read its details; a crop
+of the shape's box at full resolution always shows them. So the questions reward looking at the
+right place, or (kind "both") at the right two places.
 
     python data/toy/scenes.py --seed 7 --count 300 --out toy_eval    # a set to evaluate on
     scene = make_scene(random.Random(0)); all_questions(scene, random.Random(1))   # in training
@@ -24,26 +25,29 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIZES = [(672, 672), (672, 504), (504, 672), (672, 448), (448, 672), (672, 576), (576, 672)]  # width, height
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring", "house", "arrow")
+SIZES = [(672, 672), (672, 504), (504, 672), (672, 448), (448, 672), (672, 576), (576, 672)]  # w, h
+SHAPES = ("circle", "square", "triangle", "star", "heart",
+          "cross", "diamond", "ring", "house", "arrow")
 COLOURS = {
     "red": (215, 25, 35), "green": (30, 160, 60), "blue": (35, 85, 225), "yellow": (255, 225, 30),
-    "orange": (255, 135, 0), "purple": (125, 40, 175), "pink": (255, 145, 205), "brown": (115, 65, 25),
+    "orange": (255, 135, 0), "purple": (125, 40, 175), "pink": (255, 145, 205),
+    "brown": (115, 65, 25),
 }
 WORDS = ("cat", "sun", "key", "map", "fox", "zip", "egg", "jam", "owl", "bus")
-KINDS = ("number", "word", "colour", "same", "exist")
+KINDS = ("number", "word", "colour", "both", "exist")
 
 GAP = 14      # least space between two objects, px
 OUTLINE = 4   # width of an object's dark outline, px
 RIM = 2       # width of a dot's white rim, px
 PAD = 5       # white space between a text and the edge of its plate, px
-PLATE_Y = {"triangle": 0.66, "house": 0.62, "heart": 0.42}  # plate centre as a share of the height, else 0.5
+PLATE_Y = {"triangle": 0.66, "house": 0.62, "heart": 0.42}  # plate centre / height, else 0.5
 
 
 @dataclass
 class Thing:
     """One object. `box` is (x0, y0, x1, y1) in source px, half-open; `font_px` and the dot's radius
-    `dot_px` are source px too: Thing("star", "red", "47", "blue", (30, 40, 150, 160), 31.0, 6.2)."""
+    `dot_px` are source px too: Thing("star", "red", "4", "blue", (30, 40, 150, 160), 31.0, 6.2).
+    """
     shape: str
     colour: str
     text: str
@@ -60,7 +64,7 @@ class Scene:
 
 
 def log_uniform(rng, low, high):
-    """A number from low to high whose logarithm is uniform: (4, 16) falls below 8 half of the time."""
+    """A number from low to high with uniform logarithm: (4, 16) falls below 8 half of the time."""
     return low * (high / low) ** rng.random()
 
 
@@ -70,7 +74,7 @@ def font(size):
 
 
 def place(rng, width, height):
-    """Up to 3 to 6 square boxes of 100 to 168 px that keep GAP apart; fewer if the picture is full."""
+    """3 to 6 square boxes of 100 to 168 px that keep GAP apart; fewer if the picture is full."""
     boxes = []
     wanted = rng.randint(3, 6)
     for _ in range(80):
@@ -85,7 +89,7 @@ def place(rng, width, height):
 
 
 def new_thing(rng, shape, box, earlier, font_px, dot_px):
-    """A thing with random details; now and then its dot copies that of an earlier one, else hardly any two would match."""
+    """A thing with random details; now and then its dot copies that of an earlier one."""
     side = box[2] - box[0]
     colour = rng.choice(list(COLOURS))
     dot = rng.choice([c for c in COLOURS if c != colour])
@@ -115,17 +119,24 @@ def dot_room(radius):
     return 2 * (radius + RIM + 3)
 
 
-def far_pairs(things, long_side):
-    """Pairs whose centres are at least a third of the long side apart, so no one glance holds both."""
-    centre = {t.shape: ((t.box[0] + t.box[2]) / 2, (t.box[1] + t.box[3]) / 2) for t in things}
-    return [(a, b) for a, b in combinations(things, 2)
-            if math.dist(centre[a.shape], centre[b.shape]) >= long_side / 3]
+def near_pairs(things, long_side):
+    """Pairs in two places that one crop can still show larger.
+
+    The box around both covers at most a third of the padded square: a label's may not reach half.
+    """
+    pairs = []
+    for a, b in combinations(things, 2):
+        width = max(a.box[2], b.box[2]) - min(a.box[0], b.box[0])
+        height = max(a.box[3], b.box[3]) - min(a.box[1], b.box[1])
+        if width * height <= long_side ** 2 / 3:
+            pairs.append((a, b))
+    return pairs
 
 
 def serves(things, kind, long_side):
-    """Can these things pose a question of this kind, a yes/no one with either answer?"""
-    if kind == "same":  # both answers at hand, so that the picture itself does not give the answer away
-        return {a.dot == b.dot for a, b in far_pairs(things, long_side)} == {True, False}
+    """Can these things pose a question of this kind?"""
+    if kind == "both":
+        return bool(near_pairs(things, long_side))
     if kind in ("number", "word"):
         return any(t.text.isdigit() == (kind == "number") for t in things)
     return True
@@ -133,14 +144,23 @@ def serves(things, kind, long_side):
 
 def wheel(count, radius=lambda k: 1):
     """Points around a centre, the first on top: wheel(4) is a diamond."""
-    return [(radius(k) * math.sin(2 * math.pi * k / count), -radius(k) * math.cos(2 * math.pi * k / count))
-            for k in range(count)]
+    turns = [2 * math.pi * k / count for k in range(count)]
+    return [(radius(k) * math.sin(t), -radius(k) * math.cos(t)) for k, t in enumerate(turns)]
+
+
+def heart(t):
+    """A point of the heart curve, t from 0 to 2 pi."""
+    y = 5 * math.cos(2 * t) + 2 * math.cos(3 * t) + math.cos(4 * t) - 13 * math.cos(t)
+    return 16 * math.sin(t) ** 3, y
 
 
 def unit(points):
     """The same outline stretched to the unit square, so that a thing's box fits it tightly."""
-    xs, ys = zip(*points)
-    return [((x - min(xs)) / (max(xs) - min(xs)), (y - min(ys)) / (max(ys) - min(ys))) for x, y in points]
+    stretched = []
+    for values in zip(*points):
+        low, high = min(values), max(values)
+        stretched.append([(v - low) / (high - low) for v in values])
+    return list(zip(*stretched))
 
 
 OUTLINES = {name: unit(points) for name, points in {
@@ -148,9 +168,9 @@ OUTLINES = {name: unit(points) for name, points in {
     "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
     "triangle": [(1, 0), (2, 2), (0, 2)],
     "star": wheel(10, lambda k: 0.45 if k % 2 else 1),
-    "heart": [(16 * math.sin(t) ** 3, 5 * math.cos(2 * t) + 2 * math.cos(3 * t) + math.cos(4 * t) - 13 * math.cos(t))
-              for t in (2 * math.pi * k / 40 for k in range(40))],
-    "cross": [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)],
+    "heart": [heart(2 * math.pi * k / 40) for k in range(40)],
+    "cross": [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2),
+              (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)],
     "diamond": wheel(4),
     "house": [(5, 0), (10, 4.5), (8.5, 4.5), (8.5, 10), (1.5, 10), (1.5, 4.5), (0, 4.5)],
     "arrow": [(0, 3), (5, 3), (5, 0), (10, 5), (5, 10), (5, 7), (0, 7)],
@@ -173,7 +193,8 @@ def draw_ground(rng, size):
         ends = [rng.randrange(size[k % 2]) for k in range(4)]
         draw.line(ends, fill=tint(rng, 120, 235), width=rng.randint(1, 3))
     for _ in range(rng.randint(10, 25)):
-        x, y, w, h = rng.randrange(size[0]), rng.randrange(size[1]), rng.randint(5, 20), rng.randint(5, 20)
+        x, y = rng.randrange(size[0]), rng.randrange(size[1])
+        w, h = rng.randint(5, 20), rng.randint(5, 20)
         stamp = rng.choice([draw.ellipse, draw.rectangle])
         stamp((x, y, x + w, y + h), fill=tint(rng, 120, 235))
     return image
@@ -194,21 +215,25 @@ def draw_body(draw, thing):
     span = side - 1 - OUTLINE
     path = [(x0 + half + u * span, y0 + half + v * span) for u, v in OUTLINES[thing.shape]]
     draw.polygon(path, fill=fill)
-    draw.line(path + path[:2], fill=dark, width=OUTLINE, joint="curve")  # path[:2] rounds the last corner too
+    # path[:2] rounds the last corner too.
+    draw.line(path + path[:2], fill=dark, width=OUTLINE, joint="curve")
 
 
 def draw_details(draw, thing, rng):
-    """The text plate near the centre, the dot above or below it; both inside the box, never overlapping."""
+    """The text plate near the centre, the dot above or below it; both inside the box, apart."""
     x0, y0, x1, y1 = thing.box
     side, radius = x1 - x0, thing.dot_px
     left, top, right, bottom = font(thing.font_px).getbbox(thing.text)
     width, height = right - left + 2 * PAD, bottom - top + 2 * PAD
     cx, room = (x0 + x1) / 2, dot_room(radius)
     below = rng.random() < 0.5
-    plate_y = y0 + PLATE_Y.get(thing.shape, 0.5) * side - height / 2  # top edge; moved only to make room for the dot
+    # The plate's top edge, moved only to make room for the dot.
+    plate_y = y0 + PLATE_Y.get(thing.shape, 0.5) * side - height / 2
     plate_y = min(plate_y, y1 - room - height) if below else max(plate_y, y0 + room)
-    draw.rounded_rectangle((cx - width / 2, plate_y, cx + width / 2, plate_y + height), radius=6, fill="white")
-    draw.text((cx - width / 2 + PAD - left, plate_y + PAD - top), thing.text, fill="black", font=font(thing.font_px))
+    plate = (cx - width / 2, plate_y, cx + width / 2, plate_y + height)
+    draw.rounded_rectangle(plate, radius=6, fill="white")
+    corner = (cx - width / 2 + PAD - left, plate_y + PAD - top)
+    draw.text(corner, thing.text, fill="black", font=font(thing.font_px))
 
     spare = (y1 - plate_y - height if below else plate_y - y0) - room
     away = room / 2 + 0.5 * rng.random() * spare  # from the plate's edge to the dot's centre
@@ -219,8 +244,10 @@ def draw_details(draw, thing, rng):
 
 
 def make_scene(rng, font_px=(12, 28), dot_px=(8, 16), kind=None):
-    """A fresh Scene; with `kind`, one that can pose that kind of question (a yes/no kind: either answer).
-    Sizes are ranges in source px: make_scene(random.Random(0), font_px=(40, 56)) has large texts only."""
+    """A fresh Scene; with `kind`, one that can pose that kind of question.
+
+    Sizes are ranges in source px: make_scene(random.Random(0), font_px=(40, 56)) has large texts.
+    """
     while True:
         size = rng.choice(SIZES)
         things = plan(rng, *size, font_px, dot_px)
@@ -246,37 +273,42 @@ def candidates(scene, kind):
                  for t in things if t.text.isdigit() == (kind == "number")]
     elif kind == "colour":
         found = [(f"What colour is the dot on the {t.shape}?", t.dot, [t]) for t in things]
-    elif kind == "same":
-        found = [(f"Do the {a.shape} and the {b.shape} have dots of the same colour?",
-                  "yes" if a.dot == b.dot else "no", [a, b]) for a, b in far_pairs(things, max(scene.image.size))]
+    elif kind == "both":
+        found = [(f"What is on the {a.shape} and the {b.shape}?", f"{a.text} {b.text}", [a, b])
+                 for a, b in near_pairs(things, max(scene.image.size))]
     elif kind == "exist":
         seen = {t.shape: [t] for t in things}
         found = [(f"Is there {'an' if s[0] in 'aeiou' else 'a'} {s} in the picture?",
                   "yes" if s in seen else "no", seen.get(s, [])) for s in SHAPES]
     else:
         raise ValueError(f"unknown kind {kind!r}, expected one of {', '.join(KINDS)}")
-    return [{"question": question, "answers": [answer], "boxes": [list(t.box) for t in named], "kind": kind}
-            for question, answer, named in found]
+    return [{"question": question, "answers": [answer], "boxes": [list(t.box) for t in named],
+             "kind": kind} for question, answer, named in found]
 
 
 def ask(scene, rng, kind):
     """One question of this kind, or None if the scene can not pose any:
-    {"question": "What word is on the star?", "answers": ["cat"], "boxes": [[30, 40, 150, 160]], "kind": "word"}.
-    Yes and no are equally likely wherever the scene allows both. `boxes` are source px, [] for an absent shape."""
+
+    {"question": "What word is on the star?", "answers": ["cat"], "boxes": [[30, 40, 150, 160]],
+     "kind": "word"}. Yes and no are equally likely wherever the scene allows both. `boxes` are
+    source px, [] for an absent shape.
+    """
     found = candidates(scene, kind)
-    if kind in ("same", "exist"):
+    if kind == "exist":
         wanted = rng.choice(["yes", "no"])
         found = [q for q in found if q["answers"] == [wanted]] or found
     return rng.choice(found) if found else None
 
 
 def all_questions(scene, rng):
-    """All questions of the scene in random order, each at most once. Of the yes/no kinds, as many with
-    yes as with no: the more frequent answer is thinned out, or a model could score by always saying it."""
+    """All questions of the scene in random order, each at most once.
+
+    As many with yes as with no: the more frequent is thinned out, or always saying it would score.
+    """
     chosen = []
     for kind in KINDS:
         found = candidates(scene, kind)
-        if kind in ("same", "exist"):
+        if kind == "exist":
             sides = [[q for q in found if q["answers"] == [answer]] for answer in ("yes", "no")]
             fewest = min(map(len, sides))
             found = [q for side in sides for q in rng.sample(side, fewest)]
@@ -286,7 +318,7 @@ def all_questions(scene, rng):
 
 
 def make_question(seed, i, kinds=KINDS, **sizes):
-    """(Scene, question) number i of a stream: the kinds take turns, and it depends on (seed, i) only."""
+    """(Scene, question) number i of a stream, a function of (seed, i); the kinds take turns."""
     rng = random.Random(f"{seed}/{i}")
     kind = kinds[i % len(kinds)]
     scene = make_scene(rng, kind=kind, **sizes)
@@ -294,13 +326,13 @@ def make_question(seed, i, kinds=KINDS, **sizes):
 
 
 def make_questions(seed, count, kinds=KINDS, **sizes):
-    """Yield `count` pairs (Scene, question), one question for each fresh scene: the first 10 of 300 are those of 10."""
+    """Yield `count` pairs (Scene, question): the first 10 of 300 are those of 10."""
     for i in range(count):
         yield make_question(seed, i, kinds, **sizes)
 
 
 class ToyQuestions:
-    """A stream of questions by number, made on the fly: item i is (image, question dict), a function of (stream, i) alone."""
+    """A stream of questions by number, made on the fly: item i is (picture, question dict)."""
 
     def __init__(self, stream, count):
         self.stream, self.count = stream, count
@@ -310,7 +342,8 @@ class ToyQuestions:
 
     def __getitem__(self, i):
         scene, question = make_question(self.stream, i)
-        return scene.image, question | {"question": [question["question"]], "id": f"{self.stream}/{i}"}
+        turns = [question["question"]]
+        return scene.image, question | {"question": turns, "id": f"{self.stream}/{i}"}
 
 
 def fail(message):
@@ -319,12 +352,14 @@ def fail(message):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write toy pictures and a questions.jsonl with true boxes.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Write toy pictures and a questions.jsonl with true boxes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seed", type=int, default=7, help="same seed, same questions")
-    parser.add_argument("--count", type=int, default=300, help="how many pictures, one question each")
+    parser.add_argument("--count", type=int, default=300, help="pictures, one question each")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR",
-                        help="folder for images/ and questions.jsonl; made if missing, files in it are replaced")
+                        help="folder for images/ and questions.jsonl; made if missing, "
+                             "files in it are replaced")
     parser.error = fail  # one line instead of the usage text
     args = parser.parse_args()
     if args.count < 1:
@@ -335,7 +370,8 @@ def main():
             for i, (scene, question) in enumerate(make_questions(args.seed, args.count)):
                 image = f"images/{i:05d}.png"
                 scene.image.save(args.out / image)
-                file.write(json.dumps({"id": f"{args.seed}/{i}", "image": image, **question}) + "\n")
+                line = {"id": f"{args.seed}/{i}", "image": image, **question}
+                file.write(json.dumps(line) + "\n")
     except OSError as error:
         fail(f"can not write to {args.out}: {error.strerror or error}")
     print(f"wrote {args.count} pictures and questions to {args.out}; "
