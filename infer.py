@@ -30,8 +30,7 @@ from data.run import first_to_fail
 from data.toy.scenes import SIZES
 from model import (KNOWN, ROOT, compile_decode, find_checkpoint, load,
                    read_family, read_json, run_name)
-from sdrpn import (RPN, Letterbox, answer, load_recipe, make_labels, recipe_for,
-                   smooth, teach, teacher_question, teacher_view)
+from sdrpn import RPN, Letterbox, answer, load_recipe, recipe_for, smooth, teach_one
 
 SMALL = 1 << 26  # parameters; a model below this answers fastest on one thread of a CPU
 
@@ -57,8 +56,7 @@ def choose(args):
         recipe = load_recipe(folder)
         path = path or own_rpn(ckpt, folder)
     m = load(folder, args.device, args.dtype)
-    if args.budget:
-        set_budget(m, args.budget)
+    set_budget(m, args.budget, recipe)
     rpn = RPN.load(path, m) if args.mode != "plain" else None
     chosen = "--device" if args.device else "default"
     dtype = "--dtype" if args.dtype else "default for this size and device"
@@ -92,7 +90,11 @@ def own_rpn(ckpt, folder):
                    f"--ckpt {ckpt}, name one with --rpn, or use --mode plain")
 
 
-def set_budget(m, budget):
+def set_budget(m, budget, recipe):
+    """--budget, else what the recipe's RPN and tau belong to, else the checkpoint's own."""
+    if budget is None:
+        m.budget = (recipe or {}).get("budget", m.budget)
+        return
     if m.budget is None:
         raise BadInput("--budget: this model shows every picture at one size; leave it out")
     if not 0 < budget[0] <= budget[1]:
@@ -143,7 +145,7 @@ def respond(m, rpn, args, tau, question, history):
         plain = m.generate(args.picture, question, limit, history)
     path = free_name(args)
     if args.explain:
-        drawing = explain(m, args, question, result, plain, tau)
+        drawing = explain(m, args, question, history, result, plain, tau)
     else:
         answers = {"plain": plain}
         if args.mode != "plain":
@@ -211,29 +213,22 @@ def crops_of(picture, result):
 
 def portrait(m, picture, question, result, answers):
     heat = None if result.logits is None else result.logits.sigmoid().numpy()
-    letterbox = Letterbox(picture.size, m.grid_of(picture), m.frame(picture.size))
+    letterbox = Letterbox.of(m, picture)
     crops = crops_of(picture, result)
     return draw.answer_picture(picture, letterbox, heat, result.boxes, crops, question, answers)
 
 
-def explain(m, args, question, result, plain, tau):
+def explain(m, args, question, history, result, plain, tau):
     """The whole method on one question, teacher included, as one picture."""
-    picture, own = args.picture, recipe_for(args.recipe, None)
-    pixels, letterbox = teacher_view(m, own, picture)
-    on = letterbox.holds_picture()
-    lesson = teach(m, own, pixels[None], [m.prompt_ids(teacher_question(own, question))])
-    taught = {"raw": lesson.raw[0].float().cpu(), "clean": lesson.clean[0].float().cpu(),
-              "labels": make_labels(lesson.clean[0].cpu(), own, on)}
-    steps = {key: value.view(on.shape).numpy() for key, value in taught.items()}
-    view = Letterbox(picture.size, tuple(result.logits.shape), m.frame(picture.size))
-    p = result.logits.sigmoid()
+    picture, limit = args.picture, args.max_new_tokens or 128
+    steps = teach_one(m, recipe_for(args.recipe, None), picture, question, limit, history)
+    view, p = Letterbox.of(m, picture), result.logits.sigmoid()
     steps |= {
-        "picture": picture, "letterbox": view, "teacher_letterbox": letterbox,
-        "sinks": (steps["raw"] > 0) & (steps["clean"] == 0), "rpn": p.numpy(),
+        "picture": picture, "letterbox": view, "rpn": p.numpy(),
         "smoothed": smooth(p * view.holds_picture()).numpy(), "tau": tau,
         "regions": [region.box for region in result.regions], "boxes": result.boxes,
-        "crops": crops_of(picture, result), "question": question, "response": lesson.responses[0],
-        "plain": plain, "two_stage": result.text, "mode": args.mode}
+        "crops": crops_of(picture, result), "question": question, "plain": plain,
+        "two_stage": result.text, "mode": args.mode}
     return draw.explain_picture(steps)
 
 

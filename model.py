@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from clip import BadInput, CLIPVision, preprocess, preprocess_crop
+from clip import VIT_L_14_336, BadInput, CLIPVision, preprocess, preprocess_crop
 
 ROOT = Path(__file__).resolve().parent
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
@@ -106,12 +106,13 @@ def rotate(x, rope):
 
 
 class NoCache:
-    """Tokens that see only each other: the RPN's blocks, whose keys carry gradients."""
+    """One pass over a whole sequence: its t tokens see only each other."""
 
     def tap(self, layer, q):
         pass
 
     def update(self, layer, start, k, v):
+        """k and v (b, Hkv, t, d) as they are, and no mask: causal."""
         return k, v, None
 
 
@@ -380,6 +381,16 @@ class LLaVA(nn.Module):
         """Positions (T,) of a prompt whose one image_token stands for h*w tokens: plain indices."""
         return torch.arange(len(ids) - 1 + grid[0] * grid[1], device=self.device)
 
+    def prepare(self, prompts, pixels):
+        """b prompts of one length, as ids, and their pixels (b, 3, H, W) -> what the decoder takes.
+
+        Embeddings (b, T, D), the slice of T that is the image, positions (T,) or (3, T).
+        """
+        image_tokens = self.encode(pixels)  # (b, N, D)
+        pairs = [self.embed_prompt(ids, image_tokens[i:i + 1]) for i, ids in enumerate(prompts)]
+        positions = self.positions(prompts[0], self.token_grid(pixels))
+        return torch.cat([embeds for embeds, _ in pairs]), pairs[0][1], positions
+
     def rope(self, positions):
         """(T,), or (3, T) where a family has M-RoPE -> rotary table (2, T, d)."""
         c = self.config
@@ -421,17 +432,15 @@ class LLaVA(nn.Module):
     @torch.no_grad()
     def logits(self, picture, prompt_text):
         """Logits (T, vocab) of a rendered prompt that holds one image; T counts its N tokens."""
-        ids, pixels = self.tokenize(prompt_text), self.pixels(picture)[None]
-        hidden_states, _ = self.embed_prompt(ids, self.encode(pixels))
-        rope = self.rope(self.positions(ids, self.token_grid(pixels)))
-        return self.head(self.run(hidden_states, 0, self.depth, rope))[0]
+        prompts, pixels = [self.tokenize(prompt_text)], self.pixels(picture)[None]
+        hidden_states, _, positions = self.prepare(prompts, pixels)
+        return self.head(self.run(hidden_states, 0, self.depth, self.rope(positions)))[0]
 
     @torch.no_grad()
     def generate(self, picture, question, max_new_tokens=128, history=()):
         """The plain answer to a question about the whole picture, greedy."""
-        ids, pixels = self.prompt_ids(question, history), self.pixels(picture)[None]
-        hidden_states, _ = self.embed_prompt(ids, self.encode(pixels))
-        positions = self.positions(ids, self.token_grid(pixels))
+        prompts, pixels = [self.prompt_ids(question, history)], self.pixels(picture)[None]
+        hidden_states, _, positions = self.prepare(prompts, pixels)
         T = hidden_states.shape[1]
         self.check_length(T + max_new_tokens)
         cache = KVCache(self, 1, T + max_new_tokens)
@@ -508,11 +517,11 @@ class LLaVA(nn.Module):
         text = read_text_sizes(path, config.get("text_config") or {}, TEXT_DEFAULTS)
         if not isinstance(given_vision, dict):
             raise BadInput(f"{path}: vision_config must be an object; download it again")
-        vision = VISION_DEFAULTS | given_vision if given_vision else {"hidden_size": 1024}
-        check_whole(path, vision, *(key for key in VISION_DEFAULTS if key in vision))
-        check_number(path, {"layer_norm_eps": 1e-5} | vision, "layer_norm_eps")
-        layers = vision.get("num_hidden_layers", 24)
-        feature = config.get("vision_feature_layer", -2)
+        vision = VISION_DEFAULTS | given_vision if given_vision else VIT_L_14_336
+        vision = {"layer_norm_eps": 1e-5} | vision
+        check_whole(path, vision, *VISION_DEFAULTS)
+        check_number(path, vision, "layer_norm_eps")
+        layers, feature = vision["num_hidden_layers"], config.get("vision_feature_layer", -2)
         refuse(path, [
             (type(feature) is not int or not -layers <= feature <= layers,
              "vision_feature_layer must be one layer"),
@@ -520,9 +529,9 @@ class LLaVA(nn.Module):
              "vision_feature_select_strategy must be default"),
             (config.get("projector_hidden_act", "gelu") != "gelu",
              "projector_hidden_act must be gelu"),
-            (vision["hidden_size"] % vision.get("num_attention_heads", 1) != 0,
+            (vision["hidden_size"] % vision["num_attention_heads"] != 0,
              "the tower's hidden_size is not a multiple of its heads"),
-            (vision.get("image_size", 336) < vision.get("patch_size", 14),
+            (vision["image_size"] < vision["patch_size"],
              "image_size is smaller than patch_size")])
         return text | {
             "vision": vision | {"vision_feature_layer": feature},

@@ -51,19 +51,15 @@ def teach(m, recipe, pixels, prompts, max_new_tokens=128):
     """Alg. 1 lines 6-11 for b samples: answer, and read off where the answers looked.
 
     pixels (b, 3, H, W); prompts: b lists of ids of one length, so there is no padding and no mask.
-    recipe["sink"] None: no sink is removed (Table 3 #3). A row is a response token fed back in:
-    every token of an answer but EOS, and but the last of one cut at max_new_tokens. No row: the map
-    is zero. Costs beyond answering: at the recipe's layers, q of the rows (decoding computes it
-    anyway) times k.
+    recipe["sink"] None: no sink is removed (Table 3 #3). Query rows are the response tokens that
+    were fed back: all but EOS, and without the last if the answer was cut. An empty answer has
+    none; its map is zero, so it gets no label and teaches nothing. Beyond answering this costs, at
+    the recipe's layers, the rows' q (which decoding computes anyway) times k.
     """
     B, attention, sink = recipe["frozen"], head_lists(m, recipe["attention"]), recipe["sink"]
     lowest = min(attention)  # H^l of Eq. 1 enters this layer
-    image_tokens = m.encode(pixels)  # (b, N, D)
-    embedded = [m.embed_prompt(ids, image_tokens[i:i + 1]) for i, ids in enumerate(prompts)]
-    hidden, columns = torch.cat([e for e, _ in embedded]), embedded[0][1]  # (b, T, D)
-    b, T, _ = hidden.shape
-    positions = m.positions(prompts[0], m.token_grid(pixels))
-    rope = m.rope(positions)
+    hidden, columns, positions = m.prepare(prompts, pixels)  # (b, T, D)
+    (b, T, _), rope = hidden.shape, m.rope(positions)
     cache = KVCache(m, b, T + max_new_tokens)
     cache.shift = next_position(positions) - T
 
@@ -75,11 +71,12 @@ def teach(m, recipe, pixels, prompts, max_new_tokens=128):
     cache.queries = {layer: [] for layer in {*attention, *sink_heads}}
     answers = m.decode(after[m.depth][:, -1], cache, T, max_new_tokens)  # line 6
 
-    rows = [min(len(ids), max_new_tokens - 1) for ids in answers]
-    raw = roi_maps(cache, attention, columns, T, rows, recipe["softmax"])  # lines 8-10, (b, N)
+    counts = [min(len(ids), max_new_tokens - 1) for ids in answers]  # rows of each sample
+    # Lines 8-10, where the recipe says "image"; the released LLaVA recipes say "sequence".
+    raw = roi_maps(cache, attention, columns, T, counts, recipe["softmax"])  # (b, N)
     clean = raw
     if by_attention:  # the released code's rule; its threshold is for 576 tokens
-        seen = roi_maps(cache, sink_heads, columns, T, rows, "sequence")
+        seen = roi_maps(cache, sink_heads, columns, T, counts, "sequence")
         clean = raw.masked_fill(seen >= sink["threshold"] * 576 / raw.shape[1], 0.0)
     elif sink is not None:  # line 11
         entering = after[lowest][:, columns]  # (b, N, D)
@@ -125,24 +122,36 @@ def make_labels(clean, recipe, on):
     return assign_labels(clean, tuple(on.shape), on=padding, **more)
 
 
+def teach_one(m, recipe, picture, question, max_new_tokens=128, history=()):
+    """What the teacher says of one question, for figures: a dict of raw, clean, labels (h, w), ..."""
+    pixels, letterbox = teacher_view(m, recipe, picture)
+    prompts = [m.prompt_ids(teacher_question(recipe, question), history)]
+    lesson = teach(m, recipe, pixels[None], prompts, max_new_tokens)
+    raw, clean = lesson.raw[0].cpu(), lesson.clean[0].cpu()
+    labels = make_labels(clean, recipe, letterbox.holds_picture())
+    maps = {"raw": raw, "clean": clean, "labels": labels, "sinks": (raw > 0) & (clean == 0)}
+    maps = {name: value.view(letterbox.grid).numpy() for name, value in maps.items()}
+    return maps | {"teacher_letterbox": letterbox, "response": lesson.responses[0]}
+
+
 def head_lists(m, attention):
     """A recipe's {"14": [13, 24]} -> {14: [13, 24]}, null meaning all heads."""
     every = list(range(m.config["num_attention_heads"]))
     return {int(layer): every if heads is None else heads for layer, heads in attention.items()}
 
 
-def roi_maps(cache, attention, columns, prompt, rows, softmax):
+def roi_maps(cache, attention, columns, prompt, counts, softmax):
     """M_RoI of b samples: mean over a sample's rows and over the recipe's (layer, head) pairs.
 
-    cache: all keys, and the rows' queries. rows: how many each sample has. -> (b, N) float32
+    cache: all keys, and the rows' queries. counts: rows of each sample. -> (b, N) float32
     """
     maps = []
     for layer, heads in attention.items():
         k, steps = cache.k[layer], cache.queries[layer]  # (b, Hkv, length, d); a (b, H, 1, d) each
         q = torch.cat(steps, 2) if steps else k[:, :, :0]  # (b, H, steps, d)
         N = columns.stop - columns.start
-        of_layer = torch.zeros(len(rows), len(heads), N, device=k.device)
-        for i, count in enumerate(rows):
+        of_layer = torch.zeros(len(counts), len(heads), N, device=k.device)
+        for i, count in enumerate(counts):
             if count:
                 own = q[i, :, :count], k[i, :, :prompt + count]
                 of_layer[i] = response_attention(*own, columns, prompt, softmax)[heads]
@@ -154,9 +163,9 @@ def response_attention(q, k, columns, prompt, softmax="image"):
     """Sec. 3.1, Alg. 1 lines 8-10: how much response rows look at each image token, mean over rows.
 
     q (H, m, d): rotated queries of the m response tokens fed back in. k (Hkv, prompt + m, d):
-    rotated keys of the prompt and of those tokens. columns: the slice that is the image. -> (H, N)
-    float32 softmax="image" is the paper's, over the image alone; "sequence" the model's ordinary
-    one, sliced.
+    rotated keys of the prompt and of those tokens. columns: the slice that is the image.
+    softmax: "image" is the paper's, over the image alone; "sequence" the model's own, sliced.
+    Returns (H, N) float32.
     >>> k = [[0., 0.], [math.log(3), 0.], [0., 0.], [0., 0.]]  # of text, two patches, response
     >>> q, k = torch.tensor([[[2 ** 0.5, 0.]]]), torch.tensor([k])
     >>> response_attention(q, k, slice(1, 3), prompt=3)
@@ -229,7 +238,10 @@ def bounding_cells(fg):
 # ----------------------------------------------------------------------------- 2. student: the RPN
 
 class ScoreLayer(nn.Module):
-    """What is left of the RPN's last block: its input norm, q_proj and k_proj."""
+    """What is left of the RPN's last block: its input norm, q_proj and k_proj.
+
+    A score needs q and k only; v, o and the MLP would be computed for nobody.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -267,7 +279,7 @@ class ScoreLayer(nn.Module):
 
 
 class RPN(nn.Module):
-    """R trainable blocks behind the first B (`frozen`) layers of a frozen model (Sec. 3.3).
+    """R-1 trainable blocks and a ScoreLayer behind the first B (`frozen`) layers (Sec. 3.3).
 
     Parameters keep the released names: twig_layers.{0..R-1}.*, twig_norm.weight.
     """
@@ -308,11 +320,11 @@ class RPN(nn.Module):
     @torch.no_grad()
     def forward(self, m, picture, question, history=()):
         """Where to look for this question: logits (h, w), from one pass through B + R layers."""
-        pixels, ids = m.pixels(picture)[None], m.prompt_ids(question, history)
-        hidden, columns = m.embed_prompt(ids, m.encode(pixels))
-        grid = m.token_grid(pixels)
-        rope = m.rope(m.positions(ids, grid))
-        return self.logits(m.run(hidden, 0, self.frozen, rope), columns, rope, grid)
+        pixels, prompts = m.pixels(picture)[None], [m.prompt_ids(question, history)]
+        hidden, columns, positions = m.prepare(prompts, pixels)
+        rope = m.rope(positions)
+        hidden = m.run(hidden, 0, self.frozen, rope)
+        return self.logits(hidden, columns, rope, m.token_grid(pixels))
 
     @classmethod
     def from_layers(cls, m, frozen, layers):
@@ -403,7 +415,7 @@ def conversation(m, turns, responses, grid):
     """
     histories = [list(zip(turns[:n], responses)) for n in range(len(turns))]
     prompts = [m.prompt_ids(turn, history) for turn, history in zip(turns, histories)]
-    N = grid[0] * grid[1]  # the image's one id stands for N tokens
+    N = grid[0] * grid[1]  # each prompt's last index, moved by the N-1 ids that the image gains
     return prompts[-1], [len(ids) - 1 + N - 1 for ids in prompts]
 
 
@@ -422,6 +434,9 @@ def roi_loss(logits, labels, count=None):
 
 
 # ------------------------------------------------------------------------ 3. inference: look again
+
+MOST = 225 / 576  # of a grid: beyond it a crop hardly magnifies (the released code's max_area)
+
 
 @dataclass
 class Region:
@@ -454,12 +469,11 @@ def answer(m, rpn, picture, question, mode="mask", tau=0.15, max_new_tokens=128,
         h, w = m.grid_of(picture)
         return Answer(m.generate(picture, question, max_new_tokens, history), visual_tokens=h * w)
     clock, B = Clock(m.device), rpn.frozen if rpn is not None else 0
-    pixels, ids = m.pixels(picture)[None], m.prompt_ids(question, history)
+    pixels, prompts = m.pixels(picture)[None], [m.prompt_ids(question, history)]
     grid = m.token_grid(pixels)
     letterbox = Letterbox(picture.size, grid, m.frame(picture.size))
-    embeds, columns = m.embed_prompt(ids, m.encode(pixels))  # (1, T, D)
+    embeds, columns, positions = m.prepare(prompts, pixels)  # (1, T, D)
     T, P = embeds.shape[1], columns.stop  # of these, P are [system][image]
-    positions = m.positions(ids, grid)
     rope = m.rope(positions)
     m.check_length(T + max_new_tokens)
     cache = KVCache(m, 1, T + max_new_tokens)
@@ -536,7 +550,7 @@ def regions_above(p, threshold):
     h, w = p.shape
     found = []
     for component in components(p > threshold):
-        if len(component) == 1 or len(component) > 225 * h * w / 576:
+        if len(component) == 1 or len(component) > MOST * h * w:
             continue
         ys, xs = zip(*component)
         x0, y0, x1, y1 = min(xs), min(ys), max(xs) + 1, max(ys) + 1
@@ -593,7 +607,7 @@ def look_again(m, picture, letterbox, regions, mode, max_regions=2):
         raise BadInput(f"mode {mode!r}: must be mask, box or plain")
     if mode == "mask" and regions:
         x0, y0, x1, y1 = zip(*(region.box for region in regions))
-        cells = torch.stack([region.cells for region in regions]).any(0)  # B of Eq. 8
+        cells = torch.stack([region.cells for region in regions]).any(0)  # the mask of Eq. 8
         regions = [Region((min(x0), min(y0), max(x1), max(y1)), cells, 0.0)]
     by_weight = sorted(range(len(regions)), key=lambda i: -regions[i].weight)
     crops, boxes = [], []
@@ -652,6 +666,11 @@ class Letterbox:
         self.frame = frame or ((max(picture_size),) * 2 if square else self.picture_size)
         self.offset = [(whole - part) // 2 for whole, part in zip(self.frame, self.picture_size)]
         self.cells = self.grid[::-1]  # cells along x and along y
+
+    @classmethod
+    def of(cls, m, picture):
+        """A picture under the grid that the model sees it with."""
+        return cls(picture.size, m.grid_of(picture), m.frame(picture.size))
 
     def to_pixels(self, box):
         """A box in cells -> source pixels: floor, ceil, cut at the edge, at least 1 px a side."""

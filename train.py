@@ -166,7 +166,7 @@ def label(args, m, group):
 
 
 def targets(lesson, group):
-    """Line 12: what the student learns of each sample, (b, N) int8."""
+    """Line 12: what the student learns of each sample, (b, N) int8. Ablations replace it."""
     labels = [make_labels(clean, s.recipe, s.on) for clean, s in zip(lesson.clean, group)]
     return torch.stack(labels).to(torch.int8)
 
@@ -175,16 +175,18 @@ def targets(lesson, group):
 def frozen_pass(m, B, group):
     """Layers 0..B-1 on questions and known answers -> hidden (b, T, D), columns, rows, rope."""
     pixels = torch.stack([sample.pixels for sample in group])
-    grid, tokens = m.token_grid(pixels), m.encode(pixels)  # (b, N, D)
+    grid = m.token_grid(pixels)
     talks = [conversation(m, sample.turns, sample.responses, grid) for sample in group]
-    embedded = [m.embed_prompt(ids, tokens[i:i + 1]) for i, (ids, _) in enumerate(talks)]
-    rope = m.rope(m.positions(talks[0][0], grid))
-    hidden = m.run(torch.cat([e for e, _ in embedded]), 0, B, rope)
-    return hidden, embedded[0][1], talks[0][1], rope
+    hidden, columns, positions = m.prepare([ids for ids, _ in talks], pixels)
+    rope = m.rope(positions)
+    return m.run(hidden, 0, B, rope), columns, talks[0][1], rope  # rows are those of all
 
 
 def loss_sum(scores, labels):
-    """Lines 13, 18: scores (b, H, n, N), labels (b, n, N) -> loss summed over labelled tokens."""
+    """Lines 13, 18: scores (b, H, n, N), labels (b, n, N) -> loss summed over labelled tokens.
+
+    Its division by their number waits for all of the step. Ablations replace it.
+    """
     return roi_loss(scores.mean(1), labels, count=1)
 
 
@@ -317,13 +319,11 @@ def ask(m, rpn, recipe, picture, q, method, max_new_tokens=32):
     if method == "plain":
         mode = "plain"
     elif method == "raw attention":  # Table 3 #1: the whole plain answer first, then its attention
-        raw = recipe | {"sink": None}
-        pixels, prompt = m.pixels(picture)[None], m.prompt_ids(question)
-        lesson = teach(m, raw, pixels, [prompt], max_new_tokens)
+        pixels, prompts = m.pixels(picture)[None], [m.prompt_ids(question)]
+        lesson = teach(m, recipe | {"sink": None}, pixels, prompts, max_new_tokens)
         regions = attention_regions(lesson.raw[0], m.token_grid(pixels))
     elif method == "true box":
-        letterbox = Letterbox(picture.size, m.grid_of(picture), m.frame(picture.size))
-        regions = true_regions(q["boxes"], letterbox)
+        regions = true_regions(q["boxes"], Letterbox.of(m, picture))
     elif method == "SD-RPN masked":
         mode = "mask"
     return answer(m, rpn, picture, question, mode, recipe["tau"], max_new_tokens, regions=regions)
@@ -371,19 +371,15 @@ def report(args, m, rpn, recipe, questions, path):
     rows = []
     for n in range(min(6, len(questions))):
         try:
-            sample, (picture, q) = read_sample(args, m, recipe, questions, n), questions[n]
+            picture, q = questions[n]
         except BadInput:  # listed in skipped.jsonl already
             continue
-        prompts, (_, letterbox) = [sample.prompt(m, 0)], teacher_view(m, sample.recipe, picture)
-        lesson = teach(m, sample.recipe, sample.pixels[None], prompts, args.max_new_tokens)
-        maps = torch.cat([lesson.raw, lesson.clean, targets(lesson, [sample]).to(m.device)])
-        raw, clean, labels = maps.view(3, *sample.on.shape).cpu().numpy()
-        heat = rpn(m, picture, sample.turns[0]).sigmoid().numpy()
-        view = Letterbox(picture.size, heat.shape, m.frame(picture.size))
-        taught = [(a, letterbox) for a in (raw, clean, labels.astype(int))]
-        rows.append({"picture": picture, "maps": [*taught, (heat, view)],
-                     "sinks": (raw > 0) & (clean == 0),
-                     "title": f"{sample.turns[0]}  {lesson.responses[0]}"})
+        own, question = recipe_for(recipe, q.get("kind")), q["question"][0]
+        steps = teach_one(m, own, picture, question, args.max_new_tokens)
+        maps = [(steps[name], steps["teacher_letterbox"]) for name in ("raw", "clean", "labels")]
+        heat = rpn(m, picture, question).sigmoid().numpy()
+        rows.append({"picture": picture, "maps": [*maps, (heat, Letterbox.of(m, picture))],
+                     "sinks": steps["sinks"], "title": f"{question}  {steps['response']}"})
     columns = ["picture", "attention", "without sinks", "labels", "RPN"]
     draw.save(draw.contact_sheet(rows, columns), path)
 
