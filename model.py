@@ -703,7 +703,7 @@ def load(path_or_name, device=None, dtype=None):
         setattr(m.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
     if config["tied"]:
         m.lm_head.weight = m.language_model.embed_tokens.weight
-    m.folder, m.fingerprint = folder, fingerprint(folder, config, shards)
+    m.folder, m.fingerprint = folder, fingerprint(folder, shards)
     return m.eval()
 
 
@@ -896,11 +896,12 @@ def default_dtype(device, where, shards):
     return torch.float32 if size < 2 ** 30 else torch.bfloat16  # 1 GB of float32
 
 
-def fingerprint(folder, config, shards):
-    """A short name for exactly these weights: parsed sizes, and each file's size and content.
+def fingerprint(folder, shards):
+    """A short name for exactly these weights: what config.json says, each file's size and content.
 
     Files from 256 MB on count by 64 samples of 4 KB.
     """
+    config = read_json(folder / "config.json")  # as parsed: a newline more is not another model
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for file in sorted(shards):
         path = folder / file
