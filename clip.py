@@ -73,7 +73,7 @@ def load_image(path):
     except UnidentifiedImageError:
         raise BadInput(f"{path}: not an image in a known format; "
                        f"use one of {', '.join(FORMATS)}") from None
-    except BadInput:
+    except (BadInput, MemoryError):
         raise
     except Exception as e:  # Pillow has many ways to say that a file is broken
         raise BadInput(f"{path}: the image is damaged or truncated ({type(e).__name__}); "

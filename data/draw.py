@@ -17,7 +17,6 @@ Left out: charts (plots.py), moving pictures, colour fonts.
 """
 import math
 import os
-import secrets
 import unicodedata
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -689,9 +688,9 @@ def save(picture, path, protect=None):
     path = Path(path)
     form = check_path(path, protect)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{secrets.token_hex(6)}.partial"
+    partial = path.with_name(path.name[:60] + ".partial")  # known by name, if a crash leaves it
     try:
-        with open(partial, "xb") as file:
+        with open(partial, "wb") as file:
             picture.save(file, form, **QUALITY.get(form, {}))
             file.flush()
             os.fsync(file.fileno())

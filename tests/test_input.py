@@ -154,6 +154,13 @@ def test_pictures_that_do_not(made, tmp_path, name, content, says):
     assert time.process_time() - began < 1 and everything(tmp_path) == before
 
 
+def test_too_little_memory_is_not_called_a_damaged_picture(made, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError
+    monkeypatch.setattr(Image, "open", full)
+    one_line(infer, made.image, "Why?", *ask(made), says="out of memory")
+
+
 def test_addresses_are_told_apart_from_files(made):
     for url in ("https://example.org/cat.jpg", "HTTP://example.org/a b.png", "file:///tmp/a.png", "s3://bucket/a.png"):
         one_line(infer, url, "Why?", *ask(made), says="pictures are not fetched; download it first: curl -LO '")
