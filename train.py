@@ -81,8 +81,8 @@ def train(args, m, recipe, questions, run):
         run.record(tally, lr)
 
     rpn.eval().requires_grad_(False).to(m.dtype)
-    run.finish(rpn, {"frozen": B, "layers": R, "ckpt": m.folder.name, "recipe": recipe,
-                     "fingerprint": m.fingerprint})
+    run.finish(rpn, {"frozen": B, "layers": R, "ckpt": m.folder.name,
+                     "fingerprint": m.fingerprint, "settings": run.settings})
     return rpn
 
 
