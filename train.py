@@ -32,7 +32,7 @@ from data.run import Run, Tally, first_to_fail, say
 from data.toy.scenes import ToyQuestions
 from model import KNOWN, ROOT, find_checkpoint, load, read_json, run_name, wider
 from sdrpn import (RPN, Letterbox, Region, answer, check_depth, conversation, load_recipe,
-                   make_labels, recipe_for, regions_above, roi_loss, smooth, teach,
+                   make_labels, recipe_for, regions_above, roi_loss, smooth, teach, teach_one,
                    teacher_question, teacher_view)
 
 TOO_FAR = ("the learning rate is likely too high or the dtype too narrow: "

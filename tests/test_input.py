@@ -539,7 +539,7 @@ def test_nothing_that_runs_foreign_code_or_talks_to_a_network(path):
 
 
 def test_imports_are_the_five_packages_and_the_standard_library():
-    own = {p.stem for p in ROOT.glob("*.py")} | {"data", "backbones", "scenes"}
+    own = {p.stem for p in ROOT.glob("*.py")} | {"data", "backbones", "scenes", "lessons"}
     packages = {"torch", "safetensors", "sentencepiece", "PIL", "numpy"}
     for path in PRODUCT:
         for name in re.findall(r"^\s*(?:import|from)\s+([\w.]+)", path.read_text(encoding="utf-8"), re.M):
