@@ -28,7 +28,7 @@ from data.files import read_rows, write_text
 from data.questions import read_questions
 from data.run import first_to_fail
 from data.toy.scenes import SIZES
-from model import (KNOWN, ROOT, compile_decode, find_checkpoint, load,
+from model import (KNOWN, ROOT, compile_decode, digest_file, find_checkpoint, load,
                    read_family, read_json, run_name)
 from sdrpn import RPN, Letterbox, answer, load_recipe, recipe_for, smooth, teach_one
 
@@ -140,9 +140,10 @@ def respond(m, rpn, args, tau, question, history):
     """Answer one question, save its picture, print -> the answer's text."""
     limit = args.max_new_tokens or 128
     result = answer(m, rpn, args.picture, check_question(question), args.mode, tau, limit, history)
-    plain = result.text
-    if result.boxes:
+    began, plain = time.perf_counter(), result.text
+    if result.boxes:  # the picture shows both answers
         plain = m.generate(args.picture, question, limit, history)
+    beside = 1000 * (time.perf_counter() - began)
     path = free_name(args)
     if args.explain:
         drawing = explain(m, args, question, history, result, plain, tau)
@@ -154,7 +155,8 @@ def respond(m, rpn, args, tau, question, history):
     draw.save(drawing, path, protect=args.image)
     say(f"picture {path}")
     times = ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in result.ms.items())
-    say(f"crops {', '.join(map(str, result.boxes)) or 'none'} | {times}")
+    crops = ", ".join(map(str, result.boxes)) or "none"
+    say(f"crops {crops} | {times} | the plain answer, for the picture, {beside:.0f} ms")
     if args.json:
         rpn_path = str(rpn.path) if rpn else None
         print(json.dumps({
@@ -270,10 +272,11 @@ def setting_key(m, rpn, args, questions, root):
     names = "clip.py", "model.py", "sdrpn.py", "infer.py", "data/metrics.py"
     code = [Path(__file__).parent / name for name in names]
     code += [Path(sys.modules[type(m).__module__].__file__), Path(args.eval)]
-    if rpn is not None and rpn.path.is_file():
-        code.append(rpn.path)
     for path in code:
         digest.update(path.read_bytes())
+    if rpn is not None:
+        for path in sorted(rpn.path.glob("*.safetensors")) or [rpn.path]:  # a folder, or a file
+            digest_file(digest, path)
     for image in sorted({q["image"] for q in questions}):
         path = root / image
         stat = path.stat() if path.is_file() else None

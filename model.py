@@ -897,18 +897,19 @@ def default_dtype(device, where, shards):
 
 
 def fingerprint(folder, shards):
-    """A short name for exactly these weights: what config.json says, each file's size and content.
-
-    Files from 256 MB on count by 64 samples of 4 KB.
-    """
+    """A short name for exactly these weights: what config.json says, and the files' content."""
     config = read_json(folder / "config.json")  # as parsed: a newline more is not another model
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for file in sorted(shards):
-        path = folder / file
-        size = path.stat().st_size
-        digest.update(f"{file} {size}".encode())
-        with open(path, "rb") as f:
-            for i in range(64):
-                f.seek(size * i // 64)
-                digest.update(f.read(4096 if size > 1 << 28 else size // 64 + 1))
+        digest_file(digest, folder / file)
     return digest.hexdigest()[:16]
+
+
+def digest_file(digest, path):
+    """A file's name, size and content; from 256 MB on, of the content 64 samples of 4 KB."""
+    size = path.stat().st_size
+    digest.update(f"{path.name} {size}".encode())
+    with open(path, "rb") as f:
+        for i in range(64):
+            f.seek(size * i // 64)
+            digest.update(f.read(4096 if size > 1 << 28 else size // 64 + 1))
