@@ -123,7 +123,10 @@ def make_labels(clean, recipe, on):
 
 
 def teach_one(m, recipe, picture, question, max_new_tokens=128, history=()):
-    """What the teacher says of one question, for figures: a dict of raw, clean, labels (h, w), ..."""
+    """What the teacher says of one question, for figures: a dict.
+
+    raw, clean, labels, sinks: maps (h, w) as arrays; teacher_letterbox: their grid; response.
+    """
     pixels, letterbox = teacher_view(m, recipe, picture)
     prompts = [m.prompt_ids(teacher_question(recipe, question), history)]
     lesson = teach(m, recipe, pixels[None], prompts, max_new_tokens)
@@ -757,7 +760,7 @@ def load_recipe(folder):
 
 
 def released_recipe(family, config):
-    """What was released for a model of this shape: a recipe, a part of one (B, R and a note), or {}."""
+    """What was released for a model of this shape: a recipe, a part of one and a note, or {}."""
     key = config["model_type"], config["num_hidden_layers"], config["hidden_size"]
     return (RECIPES | family.recipes).get(key, {})
 

@@ -28,7 +28,8 @@ import train  # noqa: E402
 from backbones.qwen2_5_vl import RECIPES, Qwen2_5VL, smart_resize, windows, windows_by_size  # noqa: E402
 from clip import MEAN, STD, BadInput  # noqa: E402
 from model import Crop, KVCache, load  # noqa: E402
-from sdrpn import RPN, Region, answer, assign_labels, recipe_faults, recipe_for, teach  # noqa: E402
+from sdrpn import (RPN, Region, answer, assign_labels, load_recipe, recipe_faults,  # noqa: E402
+                   recipe_for, teach)
 
 
 @pytest.fixture(scope="module")
@@ -470,13 +471,13 @@ def test_two_processes_stopped_and_resumed_train_one_rpn(world, tmp_path, monkey
         assert all(0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1] for x0, y0, x1, y1 in found.boxes)
 
     capsys.readouterr()
-    for n, budget in (0, None), (3, (40 * 784, 70 * 784)):
+    for n, budget in (0, None), (3, (20 * 784, 60 * 784)):
         flags = ["--ckpt", world / "tiny-qwen", "--rpn", tmp_path / "two", "--dtype", "float64", "--tau", 0.15,
                  "--json", "--max-new-tokens", 3, "--save", tmp_path / f"{n}.png"]
         flags += ["--budget", *budget] if budget else []
         infer.main([str(word) for word in (world / f"{n}.png", "Where is it?", *flags)])
         told = json.loads(capsys.readouterr().out)
-        m.budget = budget or m.budget
+        m.budget = budget or load_recipe(m.folder)["budget"]  # an RPN belongs to its recipe's budget
         found = answer(m, rpn, picture(*SIZES[n], n), "Where is it?", tau=0.15, max_new_tokens=3)
         assert found.boxes  # both look again
         assert told["answer"] == found.text and told["boxes"] == [list(box) for box in found.boxes]

@@ -73,7 +73,7 @@ def test_the_two_commands():
 def test_flags_exist():
     sources = "".join((ROOT / name).read_text(encoding="utf-8") for name in SCRIPTS)
     known = set(re.findall(r'"(--[a-z][a-z-]*)"', sources))
-    foreign = {"--local-dir", "--nproc_per_node", "--repo-type", "--include"}
+    foreign = {"--help", "--local-dir", "--nproc_per_node", "--repo-type", "--include"}
     for name, text in PAGES.items():
         assert not set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", text)) - known - foreign, name
 
