@@ -49,6 +49,8 @@ def smart_resize(height, width, budget=PUBLISHED_BUDGET, cell=28):
     (56, 56)
     >>> smart_resize(480, 640, (451584, 451584))    # 21 x 28 cells
     (588, 784)
+    >>> smart_resize(612, 612, (451584, 451584))    # 24 x 24 but for a rounding error, as published
+    (700, 700)
     """
     h, w = round(height / cell) * cell, round(width / cell) * cell
     least, most = budget
@@ -249,7 +251,7 @@ REQUEST = ("Output the grounding bounding box of Region of Interest for the ques
            "The output MUST be raw text, one box per line. DO NOT use JSON. Follow this exact "
            "format: x_min y_min x_max y_max {detail_label}.")
 SHARED = dict(
-    softmax="sequence", layers=3, tau=0.1, square=True, budget=[451584, 451584],  # 24 x 24 tokens
+    softmax="sequence", layers=3, tau=0.1, square=True, budget=[451584, 451584],  # 24 x 24
     labels=dict(grow=1, min_peak=5e-3, padding="background"),
     train=dict(lr=1e-4, warmup=0.03, betas=[0.9, 0.999], epochs=1, batch_size=16, grad_accum=8,
                clip=1.0))
