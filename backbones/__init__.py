@@ -1,7 +1,7 @@
 """The paper's other model families: each a subclass of model.LLaVA that overrides what differs.
 
 To add one, say InternVL, write the overrides below, put its model_type into model.FAMILIES and its
-name into model.KNOWN. Nothing else names a family.
+name into model.KNOWN. Nothing else names a family, but for the paper's figures in data/metrics.py.
 
     read_config(folder, config)   config.json -> the decoder's sizes (read_text_sizes), "vision",
                                   "image_token", "eos_ids", "tied", and flags that differ:
