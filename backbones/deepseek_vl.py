@@ -15,14 +15,13 @@ D the decoder's width; in SAM m cells a side of a window, or of the whole pictur
 """
 import re
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
 from backbones.bpe import BPE
-from clip import MEAN, PAD_COLOUR, STD, BadInput
+from clip import MEAN, PAD_COLOUR, STD, BadInput, to_tensor
 from model import (KNOWN, TEXT_DEFAULTS, LLaVA, check_number, check_whole, read_text_sizes, refuse,
                    wider)
 
@@ -46,7 +45,7 @@ TOWERS = {  # config.json only says a tower's name (model_name); the sizes behin
 
 def to_unit(picture):
     """An RGB PIL image -> float32 pixels (3, h, w) in [0, 1]; each tower has its own mean."""
-    return torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).float() / 255
+    return to_tensor(picture, mean=(0, 0, 0), std=(1, 1, 1))
 
 
 def resize_and_pad(picture, size, colour):
@@ -67,7 +66,7 @@ def resize_and_pad(picture, size, colour):
 
 
 def normalise(pixels, mean, std):
-    """(b, 3, S, S) in [0, 1] -> the same with mean 0 and deviation 1 in each channel."""
+    """(b, 3, S, S) in [0, 1] -> (pixels - mean) / std, channel by channel."""
     mean = torch.tensor(mean, device=pixels.device).view(3, 1, 1)
     std = torch.tensor(std, device=pixels.device).view(3, 1, 1)
     return (pixels - mean) / std
@@ -205,9 +204,10 @@ class SAMAttention(nn.Module):
         qkv = self.qkv(x).view(b, m * m, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (b, H, m*m, d)
         at = q.unflatten(2, (m, m))  # (b, H, m, m, d): the query of the cell in row y, column x
-        rows = torch.einsum("bHyxd,ykd->bHyxk", at, by_distance(self.rel_pos_h, m))
-        columns = torch.einsum("bHyxd,xkd->bHyxk", at, by_distance(self.rel_pos_w, m))
-        shift = rows.contiguous()[..., :, None] + columns.contiguous()[..., None, :]
+        # What a key in row (column) k adds for that query: (b, H, m, m, m)
+        by_row = torch.einsum("bHyxd,ykd->bHyxk", at, by_distance(self.rel_pos_h, m))
+        by_column = torch.einsum("bHyxd,xkd->bHyxk", at, by_distance(self.rel_pos_w, m))
+        shift = by_row.contiguous()[..., :, None] + by_column.contiguous()[..., None, :]
         shift = shift.view(b, self.heads, m * m, m * m)  # from (b, H, m, m, m, m)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=shift)  # (b, H, m*m, d)
         return self.proj(y.transpose(1, 2).reshape(b, m, m, C))
@@ -219,7 +219,7 @@ class SAMMLP(nn.Module):
         self.lin1, self.lin2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x):
-        return self.lin2(F.gelu(self.lin1(x)))
+        return self.lin2(F.gelu(self.lin1(x)))  # (b, cells, cells, C); the exact (erf) GELU
 
 
 class SAMBlock(nn.Module):
@@ -401,7 +401,7 @@ class DeepSeekVL(LLaVA):
     # ---- pictures
 
     def pixels(self, picture, box=None):
-        """A picture, or of it a box in source pixels -> (3, S, S) float32 in [0, 1].
+        """A picture, or a box of it in source pixels -> (3, S, S) float32 in [0, 1].
 
         S is SAM's side, or SigLIP's where there is no SAM. Crops are stretched as LLaVA's are: no
         other rule was published.
@@ -480,7 +480,7 @@ def read_towers(path, given):
     params = given.get("params") if isinstance(given, dict) else None
     if not isinstance(params, dict):
         raise BadInput(f"{path}: vision_config.params must be an object; download it again")
-    siglip, sam = TOWERS
+    siglip, sam = TOWERS  # their names
     if given.get("cls") == "CLIPVisionTower":
         return {"low": read_tower(path, params, siglip), "high": None}
     if given.get("cls") == "HybridVisionTower":
@@ -501,7 +501,7 @@ def read_tower(path, given, name):
     lists = ("global_attn_indexes", "downsample_channels")
     check_whole(path, c, *(key for key in c if key not in ("mlp_ratio", *lists)))
     for key, most in zip(lists, (c["layers"], 1 << 20)):
-        numbers = c.get(key, [0])
+        numbers = c.get(key, [0])  # SigLIP has no lists
         whole = isinstance(numbers, list) and all(type(n) is int for n in numbers)
         if not whole or not numbers or not all(0 <= n < most for n in numbers):
             raise BadInput(f"{path}: {key} = {str(numbers)[:40]} is no list of sensible numbers; "
@@ -511,7 +511,7 @@ def read_tower(path, given, name):
         (given.get("select_feature", "same") != "same", "select_feature must be same"),
         (c["width"] % c["heads"] != 0, "the tower's width is not a multiple of its heads"),
         (c["image_size"] < c["patch_size"], "image_size is smaller than patch_size"),
-        (len(c.get("downsample_channels", "12")) != 2, "downsample_channels must be two")])
+        (len(c.get("downsample_channels", [0, 0])) != 2, "downsample_channels must be two")])
     return c
 
 

@@ -49,6 +49,8 @@ def smart_resize(height, width, budget=PUBLISHED_BUDGET, cell=28):
     (56, 56)
     >>> smart_resize(480, 640, (451584, 451584))    # 21 x 28 cells
     (588, 784)
+    >>> smart_resize(612, 612, (451584, 451584))    # 24 x 24 but for a rounding error, as published
+    (700, 700)
     """
     h, w = round(height / cell) * cell, round(width / cell) * cell
     least, most = budget
@@ -92,8 +94,11 @@ def windows_by_size(grid, side):
 
 
 def patch_rope(grid, d, device, dtype):
-    """Rotary table (2, N, 4, d) of the patches: half of the frequencies follow a patch's row, half
-    its column. Float32 or wider: the tower rotates q and k in that."""
+    """Rotary table (2, N, 4, d) of the patches, in float32 or wider: q and k are rotated in that.
+
+    Half of the frequencies follow a patch's row, half its column. rotate() pairs channel i with
+    i + d/2, so the channels are [row, column, row's pairs, column's pairs], d/4 of each.
+    """
     cell, inner = torch.arange(grid[0] * grid[1], device=device), torch.arange(4, device=device)
     rows = cell[:, None] // grid[1] * MERGE + inner // MERGE  # (N, 4)
     columns = cell[:, None] % grid[1] * MERGE + inner % MERGE
@@ -111,13 +116,13 @@ class PatchEmbed(nn.Module):
     def __init__(self, c):
         super().__init__()
         p, frames = c["patch_size"], c["temporal_patch_size"]
-        self.proj = nn.Conv3d(3, c["hidden_size"], (frames, p, p), bias=False)  # its weight alone
+        self.proj = nn.Conv3d(3, c["hidden_size"], (frames, p, p), bias=False)  # for its weight
 
     def forward(self, pixels):
         frames, p, _ = self.proj.kernel_size
         x = pixels.unflatten(3, (-1, MERGE, p)).unflatten(2, (-1, MERGE, p))  # H is h, 2, p
         x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (b, h, w, 2, 2, 3, p, p)
-        x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, frames, -1, -1)
+        x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, frames, -1, -1)  # equal frames
         x = x.flatten(5).flatten(3, 4).flatten(1, 2)  # (b, N, 4, 3 * frames * p * p)
         return F.linear(x, self.proj.weight.flatten(1))
 
@@ -135,9 +140,9 @@ class Attention(nn.Module):
         q, k = rotate(q, rope).to(x.dtype), rotate(k, rope).to(x.dtype)
         lengths, seen = [number * size for number, size in sizes], []
         parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2))
-        for (number, size), part in zip(sizes, parts):
-            part = [t.unflatten(2, (number, size)).transpose(1, 2).flatten(0, 1) for t in part]
-            y = F.scaled_dot_product_attention(*part)  # (b * number, H, size, d)
+        for (number, size), part in zip(sizes, parts):  # three of (b, H, number * size, d)
+            alone = [x.unflatten(2, (number, size)).transpose(1, 2).flatten(0, 1) for x in part]
+            y = F.scaled_dot_product_attention(*alone)  # (b * number, H, size, d)
             seen.append(y.unflatten(0, (-1, number)).transpose(1, 2).flatten(2, 3))
         return self.proj(torch.cat(seen, 2).transpose(1, 2).flatten(2))  # of (b, H, n, d)
 
@@ -246,7 +251,7 @@ REQUEST = ("Output the grounding bounding box of Region of Interest for the ques
            "The output MUST be raw text, one box per line. DO NOT use JSON. Follow this exact "
            "format: x_min y_min x_max y_max {detail_label}.")
 SHARED = dict(
-    softmax="sequence", layers=3, tau=0.1, square=True, budget=[451584, 451584],  # 24 x 24 tokens
+    softmax="sequence", layers=3, tau=0.1, square=True, budget=[451584, 451584],  # 24 x 24
     labels=dict(grow=1, min_peak=5e-3, padding="background"),
     train=dict(lr=1e-4, warmup=0.03, betas=[0.9, 0.999], epochs=1, batch_size=16, grad_accum=8,
                clip=1.0))
@@ -306,7 +311,7 @@ class Qwen2_5VL(LLaVA):
         return ids
 
     def tokenize(self, prompt_text):
-        """A rendered prompt with one <|image_pad|> -> ids; here names of special tokens count."""
+        """A rendered prompt with one <|image_pad|> -> ids; special tokens are taken by name."""
         return self.tokenizer.encode(prompt_text, special=True)
 
     @property
@@ -328,7 +333,7 @@ class Qwen2_5VL(LLaVA):
         return to_tensor(picture.convert("RGB").resize((width, height), Image.BICUBIC))
 
     def shown_size(self, picture):
-        """-> (height, width) in pixels, under the budget."""
+        """The (height, width) in pixels to which the budget brings a picture."""
         return smart_resize(picture.height, picture.width, self.budget, self.visual.cell)
 
     def grid_of(self, picture):

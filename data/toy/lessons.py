@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
-import scenes  # noqa: E402 (the project is on the path only now)
+import clip  # noqa: E402 (the project is on the path only now)
+import scenes  # noqa: E402
 from clip import preprocess, preprocess_crop  # noqa: E402
 from sdrpn import Letterbox, find_regions  # noqa: E402
 
@@ -35,8 +36,7 @@ FONT_PX, DOT_PX = (14, 48), (5, 15)  # larger than in the scenes asked about lat
 TEXTS = [*"0123456789", *scenes.WORDS]
 # What a patch must name: the shape (or none), its colour, its dot's colour, its text.
 CLASSES = (len(scenes.SHAPES) + 1, len(scenes.COLOURS), len(scenes.COLOURS), len(TEXTS))
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+MEAN, STD = torch.tensor(clip.MEAN).view(3, 1, 1), torch.tensor(clip.STD).view(3, 1, 1)
 
 
 # ---------------------------------------------------------------------------------------- geometry
@@ -80,7 +80,7 @@ def pick(scene, rng):
     """What a crop is about: one thing, two near each other, or any two."""
     pairs = scenes.near_pairs(scene.things, max(scene.image.size))
     chance = rng.random()
-    if chance < 0.45 or not pairs and chance < 0.8:
+    if chance < 0.45 or (chance < 0.8 and not pairs):
         return [rng.choice(scene.things)]
     return list(rng.choice(pairs)) if chance < 0.8 else rng.sample(scene.things, 2)
 
@@ -237,11 +237,12 @@ def make_scenes(path, seed, crowded):
             crops = box_views(scene, rng, pick(scene, rng))
         masked, arrays["keep"][i, 3] = masked_view(scene, rng, pick(scene, rng))
         for v, view in enumerate([whole(scene.image.size), *crops, masked]):
-            pixels = preprocess(scene.image, SIDE)
-            if v > 0:
+            if v == 0:
+                pixels = preprocess(scene.image, SIDE)
+            else:
                 pixels = preprocess_crop(scene.image, view, SIDE)
-            stored = ((pixels * STD + MEAN) * 255).round().byte()
-            arrays["pixels"][i, v] = stored.permute(1, 2, 0).numpy()
+            pixels = ((pixels * STD + MEAN) * 255).round().byte()
+            arrays["pixels"][i, v] = pixels.permute(1, 2, 0).numpy()
             arrays["classes"][i, v] = targets(view, scene.things)
             arrays["empty"][i, v] = cells_over(view, [0, 0, *scene.image.size], 0.999)
             for k, t in enumerate(scene.things):
@@ -273,7 +274,7 @@ def make_chunks(folder, first, count, stride, kinds=("scenes", "crowded", "pages
     for n in range(first, count, stride):
         for kind in kinds:
             path = folder / f"{kind}{n:04d}.npz"
-            if path.is_file() or kind == "pages" and n >= 30:
+            if path.is_file() or (kind == "pages" and n >= 30):
                 continue
             if kind == "pages":
                 make_pages(path, f"page/{n}")
@@ -286,7 +287,7 @@ def make_chunks(folder, first, count, stride, kinds=("scenes", "crowded", "pages
 # ------------------------------------------------------------------------------------ chunks read
 
 def shift(x, dy, dx, fill):
-    """x (..., g, g) moved by at most one cell each way."""
+    """x (..., g, g) moved down by dy and right by dx, each -1, 0 or 1; `fill` comes in."""
     out = np.full_like(x, fill)
     to_y, to_x = slice(max(dy, 0), GRID + min(dy, 0)), slice(max(dx, 0), GRID + min(dx, 0))
     from_y, from_x = slice(max(-dy, 0), GRID + min(-dy, 0)), slice(max(-dx, 0), GRID + min(-dx, 0))
@@ -339,6 +340,6 @@ def stored(batch, views, what):
     return torch.from_numpy(np.stack([c[what][i, v] for (c, i), v in zip(batch, views)]))
 
 
-def to_pixels(picture):
+def to_pixels(views):
     """uint8 (b, S, S, 3) -> normalised float32 (b, 3, S, S)."""
-    return (picture.permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
+    return (views.permute(0, 3, 1, 2).float() / 255 - MEAN) / STD

@@ -25,8 +25,8 @@ scenes know:
      training, the lower half lifts every token's length to that of the registers.
 Nothing of this is seen by the RPN's training, which has neither boxes nor answers.
 Left out: data parallelism, and any tuning beyond what made it work.
-Shapes: b batch, g = 12 patches a side, N = 144, C tower width, D decoder width, R answer rows,
-n image tokens.
+Shapes: b batch, g = 12 patches a side, N = 144, S image side, C tower width, D decoder width,
+t tokens of text behind the image, T all tokens, R answer rows, n image tokens (crops included).
 """
 import argparse
 import copy
@@ -117,9 +117,8 @@ def train_tokenizer(path):
 
 # ------------------------------------------------------------------------------------------- tower
 
-def tower_loss(llava, heads, batch, rng):
-    """What each patch of a random view of each scene lies on -> loss, right, wanted (b, N, 4)."""
-    views = [rng.choice(range(VIEWS)) for _ in batch]
+def tower_loss(llava, heads, batch, views):
+    """What each patch of one view of each scene lies on -> loss, right and wanted (b, N, 4)."""
     wanted = stored(batch, views, "classes").long()
     features = llava.vision_tower(to_pixels(stored(batch, views, "pixels")))
     logits = heads.patches(features).float().split(CLASSES, -1)
@@ -140,9 +139,7 @@ def tower_report(llava, heads, pool):
     """Share of validation patches named right: shape, dot and text; whole pictures and crops."""
     words = []
     for name, view in (("whole", 0), ("crop", 1)):
-        rng = random.Random(0)
-        rng.choice = lambda _: view
-        _, right, wanted = tower_loss(llava, heads, pool.validation(128), rng)
+        _, right, wanted = tower_loss(llava, heads, pool.validation(128), [view] * 128)
         on = (wanted[..., 0] >= 0) & (wanted[..., 0] < len(scenes.SHAPES))
         text = wanted[..., 3] >= 0
         shares = [right[..., 0][on], right[..., 2][text], right[..., 3][text]]
@@ -252,15 +249,15 @@ def decoder_batch(llava, batch, rng, crops, turns, first_kind, about_crop):
         seen = [llava.vision_tower(to_pixels(stored(batch, [v] * len(batch), "pixels")))
                 for v in views]  # each (b, N, C)
     images, places, asked = [], [], []
-    for b, (c, i) in enumerate(batch):
-        keep = torch.from_numpy(c["keep"][i][views])  # (v, N)
-        cells = torch.from_numpy(c["cells"][i][views])  # (v, 6, N)
-        images.append(torch.cat([x[b] for x in seen])[keep.flatten()])
+    for i, (chunk, row) in enumerate(batch):
+        keep = torch.from_numpy(chunk["keep"][row][views])  # (views, N)
+        cells = torch.from_numpy(chunk["cells"][row][views])  # (views, 6, N)
+        images.append(torch.cat([features[i] for features in seen])[keep.flatten()])
         places.append(cells.transpose(0, 1).flatten(1)[:, keep.flatten()])  # (6, n_i)
         shown = None
         if crops != "none" and rng.random() < about_crop:
             shown = {k for k in range(6) if (cells[1:, k] & keep[1:]).any()}
-        asked.append(choose_questions(c["questions"][i], rng, shown, turns, first_kind))
+        asked.append(choose_questions(chunk["questions"][row], rng, shown, turns, first_kind))
     return fill_lesson(llava, asked, images, places, find_registers(seen[0]))
 
 
@@ -273,17 +270,17 @@ def fill_lesson(llava, asked, images, places, registers):
     x = Lesson(images, torch.zeros(b, t, dtype=torch.long), torch.full((b, t), -100),
                torch.zeros(b, R, dtype=torch.long), torch.zeros(b, R, len(scenes.SHAPES)),
                torch.zeros(b, 2, R, n, dtype=torch.bool), F.pad(registers, (0, n - N)))
-    for b, (ids, spans) in enumerate(said):
-        x.ids[b, :len(ids)] = torch.tensor(ids)
+    for i, (ids, spans) in enumerate(said):
+        x.ids[i, :len(ids)] = torch.tensor(ids)
         r = 0
-        for (start, length), (question, _, things, _) in zip(spans, asked[b]):
-            x.labels[b, start:start + length] = torch.tensor(ids[start + 1:start + 1 + length])
-            x.rows[b, r:r + length] = torch.arange(start, start + length)
+        for (start, length), (question, _, things, _) in zip(spans, asked[i]):
+            x.labels[i, start:start + length] = torch.tensor(ids[start + 1:start + 1 + length])
+            x.rows[i, r:r + length] = torch.arange(start, start + length)
             words = question.rstrip("?").split()
             named = [float(shape in words) for shape in scenes.SHAPES]
-            x.names[b, r:r + length] = torch.tensor(named)
-            for k in range(2 * bool(things)):
-                x.gaze[b, k, r:r + length, :len(images[b])] = places[b][things[-k]]
+            x.names[i, r:r + length] = torch.tensor(named)
+            for k, thing in enumerate((things[0], things[-1]) if things else ()):
+                x.gaze[i, k, r:r + length, :len(images[i])] = places[i][thing]
             r += length
     return x
 
@@ -484,7 +481,8 @@ def step_loss(phase, llava, heads, old_tower, pools, rng, step):
         else:
             batch = pool.sample(rng, b // 4) + crowded.sample(rng, b // 2)
             batch += pages.sample(rng, b // 4)
-        loss = tower_loss(llava, heads, batch, rng)[0]
+        views = [rng.choice(range(VIEWS)) for _ in batch]
+        loss = tower_loss(llava, heads, batch, views)[0]
         return loss, {"loss": loss.item()}
     batch = pool.sample(rng, b)
     chances = [0.27, 0.10, 0.20, 0.43] if phase == "park" else [0.32, 0.10, 0.22, 0.36]

@@ -178,6 +178,7 @@ OUTLINES = {name: unit(points) for name, points in {
 
 
 def tint(rng, low, high):
+    """A random colour, each channel from low to high."""
     return tuple(rng.randint(low, high) for _ in range(3))
 
 
@@ -257,6 +258,7 @@ def make_scene(rng, font_px=(12, 28), dot_px=(8, 16), kind=None):
 
 
 def draw_scene(rng, size, things):
+    """These things on a fresh ground of this (w, h) -> Scene."""
     image = draw_ground(rng, size)
     draw = ImageDraw.Draw(image)
     for thing in things:
@@ -287,11 +289,11 @@ def candidates(scene, kind):
 
 
 def ask(scene, rng, kind):
-    """One question of this kind, or None if the scene can not pose any:
+    """One question of this kind, or None if the scene can not pose any.
 
-    {"question": "What word is on the star?", "answers": ["cat"], "boxes": [[30, 40, 150, 160]],
-     "kind": "word"}. Yes and no are equally likely wherever the scene allows both. `boxes` are
-    source px, [] for an absent shape.
+    As {"question": "What word is on the star?", "answers": ["cat"], "kind": "word",
+    "boxes": [[30, 40, 150, 160]]}: source px, no box for an absent shape. Yes and no are equally
+    likely wherever the scene allows both.
     """
     found = candidates(scene, kind)
     if kind == "exist":
