@@ -600,34 +600,47 @@ def look_again(m, picture, letterbox, regions, mode, max_regions=2):
     """Eq. 7 (mode "box") or Eq. 8 ("mask"): regions -> crops as image tokens, boxes in pixels.
 
     Box Upscaling: the heaviest max_regions regions, all cells of each crop. Masked Upscaling: one
-    crop around all regions; of its features only those under the mask are projected (all, if none
-    is). A mask of 2 x 2 cells on a crop of 4 x 4 tokens:
-    >>> mask = torch.tensor([[[[1., 0.], [1., 1.]]]])
-    >>> (F.interpolate(mask, (4, 4), mode="bilinear")[0, 0] > 0.5).int().tolist()
-    [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+    crop around all regions; of its features only those under the mask are projected.
     """
     if mode not in ("mask", "box"):
         raise BadInput(f"mode {mode!r}: must be mask, box or plain")
     if mode == "mask" and regions:
-        x0, y0, x1, y1 = zip(*(region.box for region in regions))
-        cells = torch.stack([region.cells for region in regions]).any(0)  # the mask of Eq. 8
-        regions = [Region((min(x0), min(y0), max(x1), max(y1)), cells, 0.0)]
+        regions = [union(regions)]
     by_weight = sorted(range(len(regions)), key=lambda i: -regions[i].weight)
     crops, boxes = [], []
-    for i in sorted(by_weight[:max_regions]):
+    for i in sorted(by_weight[:max_regions]):  # in raster order again
         box = letterbox.to_pixels(regions[i].box)
         pixels = m.pixels(picture, box)[None]
         grid, features = m.token_grid(pixels), m.features(pixels)  # (1, h*w, C)
         keep = torch.ones(grid, dtype=torch.bool)
         if mode == "mask":
-            x0, y0, x1, y1 = regions[i].box
-            inside = regions[i].cells[None, None, y0:y1, x0:x1].float()
-            on = F.interpolate(inside, grid, mode="bilinear")[0, 0] > 0.5  # (h, w) of the crop
-            keep = on if on.any() else keep
+            keep = kept_cells(regions[i], grid)
         keep = keep.flatten().to(features.device)
         crops.append(Crop(m.project(features[:, keep])[0], grid, keep))  # (kept, D)
         boxes.append(box)
     return crops, boxes
+
+
+def union(regions):
+    """b_all of Eq. 8: the box around all regions' boxes, and all their cells."""
+    x0, y0, x1, y1 = zip(*(region.box for region in regions))
+    cells = torch.stack([region.cells for region in regions]).any(0)
+    weight = sum(region.weight for region in regions)
+    return Region((min(x0), min(y0), max(x1), max(y1)), cells, weight)
+
+
+def kept_cells(region, grid):
+    """The mask of Eq. 8 on a crop of the region's box -> (h, w) bool of the crop's own grid.
+
+    Bilinear, and more than half (the released code's rule); all cells, if that leaves none.
+    >>> cells = torch.tensor([[True, False], [True, True]])
+    >>> kept_cells(Region((0, 0, 2, 2), cells, 1.0), (4, 4)).int().tolist()
+    [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+    """
+    x0, y0, x1, y1 = region.box
+    mask = region.cells[None, None, y0:y1, x0:x1].float()
+    kept = F.interpolate(mask, grid, mode="bilinear")[0, 0] > 0.5
+    return kept if kept.any() else torch.ones(grid, dtype=torch.bool)
 
 
 class Clock:

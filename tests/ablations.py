@@ -1,7 +1,7 @@
 """
 The paper's ablations, made by replacing named functions of train.py and sdrpn.py for the time of a run.
 
-    with training(NO_SINKS):
+    with training(WITH_SINKS):
         m, recipe, questions, run = train.start(flags)
         train.train(flags, m, recipe, questions, run)
     with asking(PRESMOOTHED):

@@ -20,14 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 import clip  # noqa: E402 (the project is on the path only now)
 import scenes  # noqa: E402
 from clip import preprocess, preprocess_crop  # noqa: E402
-from sdrpn import Letterbox, find_regions  # noqa: E402
+from sdrpn import Letterbox, find_regions, kept_cells, union  # noqa: E402
 
 GRID, SIDE, CHUNK = 12, 168, 256
 VIEWS = 4  # the whole picture, two crops, one crop that is masked
@@ -128,14 +127,9 @@ def masked_view(scene, rng, named):
     regions = propose(scene, rng, named)
     if not regions:
         return loose_crop(scene, rng, named), np.ones(GRID * GRID, bool)
-    lefts, tops, rights, bottoms = zip(*(r.box for r in regions))
-    x0, y0, x1, y1 = around = min(lefts), min(tops), max(rights), max(bottoms)
-    cells = torch.stack([r.cells for r in regions]).any(0)[y0:y1, x0:x1]
-    keep = F.interpolate(cells[None, None].float(), (GRID, GRID), mode="bilinear")[0, 0] > 0.5
-    if not keep.any():
-        keep[:] = True
-    view = list(Letterbox(scene.image.size, GRID).to_pixels(around))
-    return view, keep.flatten().numpy()
+    region = union(regions)
+    view = list(Letterbox(scene.image.size, GRID).to_pixels(region.box))
+    return view, kept_cells(region, (GRID, GRID)).flatten().numpy()
 
 
 # ----------------------------------------------------------------------------------- what is drawn
