@@ -43,12 +43,13 @@ ON_GPU = [  # model, layers, parts: the most wanted first
     ("qwen2.5-vl-7b", None, ["answer", "ratios"]),
     ("llava-1.5-7b", None, ["scaling"]),
 ]
-ON_CPU = [
-    ("llava-1.5-7b", None, ["answer", "ratios", "peers", "labels", "shares", "kernels"]),
-    ("llava-1.5-7b", 8, ["training"]),  # of all its layers, with AdamW's moments, it needs more memory than most have
-    ("small", None, ["scaling", "reference", "compile"]),
+ON_CPU = [  # the smallest of each family first
     ("deepseek-vl-1.3b", None, ["answer", "ratios", "kernels"]),
     ("qwen2.5-vl-3b", None, ["answer", "ratios", "kernels"]),
+    ("llava-1.5-7b", None, ["answer", "ratios", "peers", "labels", "kernels"]),
+    ("llava-1.5-7b", 8, ["training"]),  # of all its layers, with AdamW's moments, it needs more memory than most have
+    ("small", None, ["scaling", "reference", "compile"]),
+    ("llava-1.5-7b", None, ["shares"]),
     ("deepseek-vl-7b", None, ["answer", "ratios"]),
     ("qwen2.5-vl-7b", None, ["answer", "ratios"]),
     ("llava-1.5-13b", None, ["answer", "ratios"]),
