@@ -91,7 +91,7 @@ class Labels:
                 samples, targets, responses = self.load(path)
                 rows = zip(samples, range(len(samples)), targets, responses, strict=True)
                 self.where |= {i: (path, row) for i, row, _, _ in rows}
-            except SHUT:
+            except (FileNotFoundError, *SHUT):  # another process may have been quicker
                 path.unlink(missing_ok=True)
 
     def load(self, path):
@@ -166,14 +166,17 @@ class Run:
         self.lock()
         if self.fresh:
             self.clear()
-        old = self.read_marker(config)  # again: a run that has ended meanwhile may have made it
+            old = None
+        else:
+            old = self.read_marker(config)  # again: one that has ended meanwhile may have made it
         for leftover in [*self.out.glob("*.partial"), *self.out.glob("labels/*.partial")]:
             of = leftover.name.removesuffix(".partial")
             if of in FILES or LABELS.fullmatch(of):
                 leftover.unlink()
         if old:
-            new = json.loads(json.dumps(self.settings))
-            changed = [key for key in new if old.get(key) != new[key] and key != "ckpt"]
+            new = {"sdrpn": 1} | json.loads(json.dumps(self.settings))
+            changed = [key for key in new | old
+                       if old.get(key) != new.get(key) and key != "ckpt"]
             if changed:
                 raise BadInput(f"{self.out}: holds a run with another {', '.join(changed)}; "
                                "use --fresh to start over, or another --out")
@@ -221,9 +224,12 @@ class Run:
             self.locked = None
 
     def clear(self):
-        """Delete what a run writes, by its names; links and all else stay."""
+        """Delete what a run writes, by its names; links and all else stay.
+
+        config.json is written over afterwards: until then it says that this folder is a run.
+        """
         for name in FILES:
-            if not (self.out / name).is_symlink():
+            if name != "config.json" and not (self.out / name).is_symlink():
                 (self.out / name).unlink(missing_ok=True)
         for path in (self.out / "labels").glob("*"):
             if LABELS.fullmatch(path.name) and not path.is_symlink():

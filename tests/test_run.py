@@ -27,6 +27,7 @@ import model  # noqa: E402
 import train  # noqa: E402
 from calls import (ROOT, argv, ask, call, everything, home, losses, made, one_line, room_for,  # noqa: E402, F401
                    rows_of, same_rpn, weights)
+from clip import BadInput  # noqa: E402
 from data import run as data_run  # noqa: E402
 from data.run import Run  # noqa: E402
 
@@ -237,6 +238,45 @@ def test_in_a_run_only_what_it_wrote_is_deleted(made, tmp_path):
         assert all((run / name).read_bytes() == content for name, content in others.items())
         assert (run / "labels/000088-0of1.safetensors").is_symlink() and mine.is_file()
         assert (run / "labels/000099-0of1.safetensors").is_symlink()
+
+
+@pytest.mark.parametrize("at", range(1, 6))
+def test_killed_while_starting_over_it_is_still_a_run(tmp_path, monkeypatch, at):
+    out, settings, deleted, unlink = tmp_path / "run", {"seed": 0}, [], Path.unlink
+    Run(out, settings, 8, 4, 1).close()
+    (out / "rpn.safetensors").write_bytes(b"old")
+    (out / "labels/000000-0of1.safetensors").write_bytes(b"old")
+
+    def interrupted(path, **how):
+        deleted.append(path)
+        if len(deleted) == at:
+            raise KeyboardInterrupt
+        unlink(path, **how)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", interrupted)
+        Run(out, settings, 8, 4, 1, fresh=True)
+    run = Run(out, {"seed": 1}, 8, 4, 1, fresh=True)
+    assert not run.finished and not run.labels.where and json.loads((out / "config.json").read_text())["seed"] == 1
+    run.close()
+
+
+def test_a_setting_that_only_the_old_run_has_is_another_run(tmp_path):
+    Run(tmp_path / "run", {"seed": 0, "ablation": "sinks kept"}, 8, 4, 1).close()
+    with pytest.raises(BadInput, match="another ablation; use --fresh"):
+        Run(tmp_path / "run", {"seed": 0}, 8, 4, 1)
+
+
+def test_a_damaged_file_of_labels_that_another_process_removes_first(tmp_path, monkeypatch):
+    labels = data_run.Labels(tmp_path)
+    (tmp_path / "000000-0of2.safetensors").write_bytes(b"damaged")
+    load = labels.load
+
+    def slower(path):
+        path.unlink()
+        return load(path)
+    monkeypatch.setattr(labels, "load", slower)
+    labels.refresh()
+    assert not labels.where
 
 
 def test_a_link_called_labels_is_not_followed(made, tmp_path):
