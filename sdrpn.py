@@ -759,7 +759,11 @@ def load_recipe(folder):
     depth, width, path = config["num_hidden_layers"], config["hidden_size"], folder / "recipe.json"
     if path.is_file():
         recipe = read_json(path)
-        wrong = recipe_faults(recipe, depth, config["num_attention_heads"])
+        heads, kinds = config["num_attention_heads"], recipe.get("kinds", {})
+        wrong = recipe_faults(recipe, depth, heads)
+        if not wrong:
+            each = [recipe_faults(recipe_for(recipe, kind), depth, heads) for kind in kinds]
+            wrong = [f"{key} of {kind!r}" for kind, faults in zip(kinds, each) for key in faults]
         if wrong:
             raise BadInput(f"{path}: {', '.join(wrong)}: missing, or not of this model; "
                            "`python tests/tables.py heads` prints a recipe")
@@ -815,11 +819,21 @@ def recipe_faults(recipe, depth, heads):
                 and 0 < v["lr"] < 10 and 0 <= v["warmup"] < 1 and 0 < v["clip"] < 1e9
                 and len(v["betas"]) == 2 and all(0 <= beta < 1 for beta in v["betas"]))
 
+    def labels(v):
+        return (whole(v.get("grow", 0), 0) and 0 <= v.get("min_peak", 0) < 1
+                and v.get("padding") in (None, "background"))
+
     rules = {
         "attention": pairs, "softmax": lambda v: v in ("image", "sequence"), "sink": sink,
         "frozen": lambda v: whole(v, 1, depth - 1),
         "layers": lambda v: whole(v, 1, depth - recipe["frozen"]),
         "tau": lambda v: 0 < v < 1, "train": train}
+    further = {  # may be left out
+        "kinds": lambda v: all(isinstance(own, dict) for own in v.values()),
+        "labels": labels, "square": lambda v: type(v) is bool,
+        "budget": lambda v: len(v) == 2 and whole(v[0], 1) and whole(v[1], v[0]),
+        "request": lambda v: isinstance(v, str)}
+    rules |= {key: rule for key, rule in further.items() if key in recipe}
 
     def fits(key):
         try:

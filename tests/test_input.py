@@ -393,7 +393,9 @@ TRAIN = {"lr": 1, "warmup": 0, "betas": [0.9, 0.98], "epochs": 1, "batch_size": 
     ("attention", [1]), ("attention", {"x": None}), ("attention", {"1": [True]}), ("softmax", "row"),
     ("sink", {"kind": "norm"}), ("sink", {"kind": "attention", "attention": {"9": None}, "threshold": 1}),
     ("sink", "norm"), ("frozen", 0), ("frozen", 6), ("frozen", "2"), ("layers", 5), ("tau", 1), ("tau", None),
-    ("train", []), ("train", {"lr": 1}), ("train", TRAIN | {"lr": -1}), ("train", TRAIN | {"betas": [0.9]})])
+    ("train", []), ("train", {"lr": 1}), ("train", TRAIN | {"lr": -1}), ("train", TRAIN | {"betas": [0.9]}),
+    ("kinds", [1]), ("kinds", {"text": 3}), ("labels", 3), ("labels", {"grow": -1}), ("labels", {"padding": "black"}),
+    ("square", "no"), ("budget", 5), ("budget", [2, 1]), ("request", 3)])
 def test_recipes_that_make_no_sense(made, tmp_path, key, value):
     folder = shutil.copytree(made.ckpt, tmp_path / "ckpt")
     recipe = json.loads((folder / "recipe.json").read_text()) | {key: value}
@@ -401,6 +403,15 @@ def test_recipes_that_make_no_sense(made, tmp_path, key, value):
     one_line(train, *argv(made, tmp_path / "run", "--ckpt", folder),
              says=f"recipe.json: {key}.*: missing, or not of this model")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_of_a_kind_that_makes_no_sense(made, tmp_path):
+    folder = shutil.copytree(made.ckpt, tmp_path / "ckpt")
+    recipe = json.loads((folder / "recipe.json").read_text())
+    kinds = {"text": {}, "natural": {"attention": {"6": [0]}, "tau": 2}}
+    (folder / "recipe.json").write_text(json.dumps(recipe | {"kinds": kinds}))
+    says = "recipe.json: attention of 'natural', tau of 'natural': missing, or not of this model"
+    one_line(infer, made.image, "Why?", *ask(made), "--ckpt", folder, "--explain", says=says)
 
 
 def test_recipes_that_are_no_recipes(made, tmp_path):
