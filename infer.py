@@ -26,19 +26,13 @@ from clip import FORMATS, BadInput, load_image, printable
 from data import draw, metrics
 from data.files import read_rows, write_text
 from data.questions import read_questions
-from data.run import first_to_fail
+from data.run import first_to_fail, say
 from data.toy.scenes import SIZES
 from model import (KNOWN, ROOT, compile_decode, digest_file, find_checkpoint, load,
                    read_family, read_json, run_name)
 from sdrpn import RPN, Letterbox, answer, load_recipe, recipe_for, smooth, teach_one
 
 SMALL = 1 << 26  # parameters; a model below this answers fastest on one thread of a CPU
-
-
-def say(*words):
-    """To stderr, by one process."""
-    if os.environ.get("RANK", "0") == "0":
-        print(*(printable(word, keep="\n") for word in words), file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------- which model
@@ -248,7 +242,8 @@ def ask_turns(m, rpn, picture, turns, mode, tau, limit):
 def score(m, rpn, args, q, number, root):
     """One question, plain and two-stage -> a row of the file of answers."""
     limit = args.max_new_tokens or q.get("max_new_tokens", 128)
-    tau = args.tau or q.get("tau") or (args.recipe or {}).get("tau", 0.15)
+    recipe = recipe_for(args.recipe or {}, q.get("kind"))
+    tau = args.tau or q.get("tau") or recipe.get("tau", 0.15)
     row = {"n": number, "id": q.get("id"), "kind": q.get("kind", "all"), "cycle": q.get("cycle"),
            "answers": q["answers"]}
     picture = load_image(root / q["image"])
@@ -270,10 +265,12 @@ def setting_key(m, rpn, args, questions, root):
     """A name for all that makes the answers: code, weights, RPN, questions, pictures, settings."""
     digest = hashlib.sha256()
     names = "clip.py", "model.py", "sdrpn.py", "infer.py", "data/metrics.py"
-    code = [Path(__file__).parent / name for name in names]
-    code += [Path(sys.modules[type(m).__module__].__file__), Path(args.eval)]
-    for path in code:
-        digest.update(path.read_bytes())
+    files = [Path(__file__).parent / name for name in names]
+    files += [Path(sys.modules[type(part).__module__].__file__) for part in (m, m.tokenizer)]
+    files += [m.folder / name for name in ("tokenizer.model", "tokenizer.json")]
+    for path in [*files, Path(args.eval)]:
+        if path.is_file():
+            digest.update(path.read_bytes())
     if rpn is not None:
         for path in sorted(rpn.path.glob("*.safetensors")) or [rpn.path]:  # a folder, or a file
             digest_file(digest, path)
@@ -281,8 +278,9 @@ def setting_key(m, rpn, args, questions, root):
         path = root / image
         stat = path.stat() if path.is_file() else None
         digest.update(f"{image} {stat and (stat.st_size, stat.st_mtime_ns)}".encode())
-    settings = [str(root), m.fingerprint, str(m.dtype), args.mode, args.tau, args.max_new_tokens,
-                args.recipe, args.budget, str(rpn.path) if rpn else None, torch.__version__]
+    settings = [str(root), m.fingerprint, str(m.dtype), m.device.type, m.budget, args.compile,
+                args.mode, args.tau, args.max_new_tokens, args.recipe,
+                str(rpn.path) if rpn else None, torch.__version__]
     digest.update(json.dumps(settings, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 

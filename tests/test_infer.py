@@ -210,8 +210,25 @@ def test_a_stored_score_is_not_shown_again_after_something_changed(made, tmp_pat
     recipe = json.loads((ckpt / "recipe.json").read_text())
     (ckpt / "recipe.json").write_text(json.dumps(recipe | {"tau": 0.2}))
     assert scored() == 2 and scored() == 0
+    with open(ckpt / "tokenizer.model", "ab") as tokenizer:
+        tokenizer.write(b"\x98\x06\x01")  # a field that nothing reads
+    assert scored() == 2 and scored() == 0
     for more in (["--mode", "box"], ["--tau", "0.9"], ["--max-new-tokens", "3"], ["--dtype", "float64"]):
         assert scored(*more) == 2 and scored(*more) == 0, more
+
+
+def test_an_evaluation_asks_each_kind_with_its_own_tau(made, tmp_path, monkeypatch):
+    ckpt, asked, answer = shutil.copytree(made.ckpt, tmp_path / "llava-tiny"), [], infer.answer
+    recipe, lines = json.loads((ckpt / "recipe.json").read_text()), rows_of(made.data)[1:4]
+    kinds = {"text": {"tau": 0.3}, "natural": {"tau": 0.4}}
+    (ckpt / "recipe.json").write_text(json.dumps(recipe | {"kinds": kinds}))
+    monkeypatch.setattr(infer, "answer", lambda *a: asked.append(a[4:6]) or answer(*a))
+    data = tmp_path / "kinds.jsonl"
+    told = ({"kind": "natural"}, {"kind": "unheard of"}, {"kind": "natural", "tau": 0.2})
+    lines = [{"image": line["image"], "question": "Why?", "answers": ["a"]} | own for line, own in zip(lines, told)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, _, err = call(infer, "--eval", data, "--images", made.data.parent, *ask(made, "--ckpt", ckpt))
+    assert code == 0 and [tau for mode, tau in asked if mode == "mask"] == [0.4, 0.3, 0.2], err
 
 
 def test_eval_on_a_full_disk(made, tmp_path):
