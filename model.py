@@ -760,10 +760,10 @@ def find_checkpoint(path_or_name):
     """
     name, path = str(path_or_name), Path(path_or_name)
     name = next((known for known, repository in KNOWN.items() if repository == name), name)
+    if name == "toy":  # also where data/toy is at hand
+        return ROOT / "data" / "toy" / "llava-toy"
     if path.is_dir():
         return path
-    if name == "toy":
-        return ROOT / "data" / "toy" / "llava-toy"
     for place in (ROOT.parent / name, ROOT / "checkpoints" / name):
         if place.is_dir():
             return place

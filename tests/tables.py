@@ -45,8 +45,8 @@ from data.files import write_text  # noqa: E402
 from data.run import say  # noqa: E402
 from data.toy.scenes import KINDS, ToyQuestions  # noqa: E402
 from model import KNOWN, ROOT, find_checkpoint, load, read_family, run_name  # noqa: E402
-from sdrpn import (RELEASED_TRAINING, RPN, load_recipe, recipe_for, teach, teacher_question,  # noqa: E402
-                   teacher_view)
+from sdrpn import (RELEASED_TRAINING, RPN, load_recipe, recipe_for, released_recipe, teach,  # noqa: E402
+                   teacher_question, teacher_view)
 
 PAPER = "the paper's: LLaVA-1.5-7B, mean of OCRBench, TextVQA, POPE and V*, plain 53.4"
 CELL = 28 * 28  # pixels of an image token where the number of tokens follows the picture
@@ -93,12 +93,14 @@ def read(args, per_kind=60):
     return dict.fromkeys(args.seeds, file)
 
 
-def open_model(args):
-    """The model, with --budget. Loaded after all training: one model in memory at a time."""
+def open_model(args, recipe):
+    """The model, with --budget or the recipe's. Loaded after all training: one model in memory at a time."""
     m = load(find_checkpoint(args.ckpt), args.device, args.dtype)
     if args.budget:
         check_budget(args, m)
         m.budget = args.budget[0]
+    elif recipe and "budget" in recipe:  # what its RPN and tau belong to
+        m.budget = tuple(recipe["budget"])
     return m
 
 
@@ -346,7 +348,7 @@ def show(args, rows, *notes):
         raise BadInput(f"--without {sorted(strange)[0]}: no question is of this kind")
     needed = [(row, seed) for row in rows if row.flags is not None for seed in args.seeds]
     paths = {(row.name, seed): trained(args, row, seed) for row, seed in needed}
-    m = open_model(args)
+    m = open_model(args, recipe)
     opened = {path: RPN.load(path, m) for path in set(paths.values())}
     results = measure(args, m, recipe, rows, questions, {key: opened[path] for key, path in paths.items()})
     losses = {}
@@ -526,10 +528,8 @@ def fig3_bins(relative, inside):
 
 
 def fig3(args):
-    m, questions = open_model(args), read(args)
-    recipe = load_recipe(m.folder)
-    if "budget" in recipe and not args.budget:
-        m.budget = tuple(recipe["budget"])
+    recipe = load_recipe(find_checkpoint(args.ckpt))
+    m, questions = open_model(args, recipe), read(args)
     seeds = args.seeds if args.eval is None else args.seeds[:1]
     lessons = taught(args, m, recipe, (sample for seed in seeds for sample in boxed(questions[seed])))
     raw, clean, masks, _ = zip(*lessons) if lessons else ((), (), (), ())
@@ -564,10 +564,8 @@ def side_by_side(charts):
 def heads(args):
     """With boxes, every other question chooses; the rest compare the found recipe with the shipped one."""
     args.seeds = args.seeds[:1]
-    m, questions = open_model(args), read(args, 20)
-    shipped = recipe_or_none(m)
-    if shipped and "budget" in shipped and not args.budget:
-        m.budget = tuple(shipped["budget"])
+    shipped = recipe_or_none(find_checkpoint(args.ckpt))
+    m, questions = open_model(args, shipped), read(args, 20)
     asked = questions[args.seeds[0]]
     seen = look(args, m, {"square": (shipped or {}).get("square", False)}, asked)
     with_boxes = seen[0].inside is not None
@@ -606,9 +604,9 @@ def look(args, m, view, asked):
     return seen
 
 
-def recipe_or_none(m):
+def recipe_or_none(folder):
     try:
-        return load_recipe(m.folder)
+        return load_recipe(folder)
     except BadInput:
         return None
 
@@ -658,12 +656,11 @@ def found_recipe(m, pairs, c, shipped):
 
 def known_depths(m):
     """B and R as published for this shape, if only without heads; else LLaVA-1.5's 15 of 32, and 3."""
-    L, shape = m.depth, (m.depth, m.config["hidden_size"])
-    partly = m.recipes.get((m.config["model_type"], *shape), {})
-    if "frozen" in partly:
+    partly, L = released_recipe(type(m), m.config), m.depth
+    if partly:
         return partly["frozen"], partly["layers"]
     B = max(1, min(round(15 * L / 32), L - 3))
-    return getattr(m, "depths", {}).get(shape, (B, min(3, L - B)))
+    return B, min(3, L - B)
 
 
 def compared(args, m, asked, recipes):

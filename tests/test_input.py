@@ -371,6 +371,13 @@ def test_checkpoints_of_other_kinds_are_told_what_to_do(made, tmp_path):
     one_line(infer, *plain(made, "liuhaotian/llava-v1.5-13b"), says="pickles, .* use --ckpt llava-1.5-13b, the same")
 
 
+def test_a_folder_called_toy_does_not_take_the_name(tmp_path, monkeypatch):
+    (tmp_path / "toy").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert model.find_checkpoint("toy") == ROOT / "data/toy/llava-toy" and model.run_name("toy") == "toy"
+    assert model.find_checkpoint("./toy") == Path("toy")
+
+
 def test_the_hubs_own_names_are_known(made, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(model, "ROOT", tmp_path / "project")

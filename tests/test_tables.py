@@ -400,12 +400,19 @@ def test_without_boxes_heads_prints_a_recipe_that_loads_and_needs_none(ckpt, cap
 
 
 def test_published_depths_go_into_the_recipe(tiny, monkeypatch):
-    monkeypatch.setattr(type(tiny), "depths", {(6, 72): (2, 1)}, raising=False)
+    assert tables.known_depths(tiny) == (3, 3)  # 15 of 32, in proportion
+    monkeypatch.setattr(type(tiny), "recipes", {("llava", 6, 72): {"frozen": 2, "layers": 1}})  # without heads
     recipe = tables.found_recipe(tiny, [(3, 1), (3, 0), (5, 2)], None, None)
     assert (recipe["frozen"], recipe["layers"], recipe["attention"]) == (2, 1, {"3": [0, 1], "5": [2]})
-    monkeypatch.setattr(type(tiny), "recipes", {("llava", 6, 72): {"frozen": 4, "layers": 2}})  # without heads
-    assert tables.known_depths(tiny) == (4, 2)
     assert recipe["sink"] is None and not sdrpn.recipe_faults(recipe, 6, 6)
+
+
+def test_a_models_pictures_have_the_recipes_budget_unless_told(ckpt, monkeypatch):
+    monkeypatch.setattr(type(load(ckpt, "cpu")), "budget", (1, 2))  # of the checkpoint
+    args = SimpleNamespace(ckpt=ckpt, device="cpu", dtype=None, budget=None, what="peers")
+    assert [tables.open_model(args, own).budget for own in (None, {}, {"budget": [3, 4]})] == [(1, 2), (1, 2), (3, 4)]
+    args.budget = [(5, 6)]
+    assert tables.open_model(args, {"budget": [3, 4]}).budget == (5, 6)
 
 
 @pytest.mark.parametrize("flags", [
