@@ -733,7 +733,7 @@ def grid_to_image(box, grid, picture_size):
 #               {"kind": "attention", "attention": {layer: heads}, "threshold": for 576 tokens}
 #   frozen, layers, tau     B, R and the threshold of Eq. 6
 #   train       lr, warmup, betas, epochs, batch_size, grad_accum, clip; the toy: samples, held_out
-#   kinds?      {kind of question: entries that replace the above}
+#   kinds?      {kind of question: entries that replace others; not those of the RPN itself}
 #   labels?     {"grow", "min_peak", "padding"}: what else assign_labels is told
 #   square?     true: training pictures are padded to a square
 #   budget?     [min, max] pixels of a picture while training
@@ -828,8 +828,9 @@ def recipe_faults(recipe, depth, heads):
         "frozen": lambda v: whole(v, 1, depth - 1),
         "layers": lambda v: whole(v, 1, depth - recipe["frozen"]),
         "tau": lambda v: 0 < v < 1, "train": train}
+    of_the_rpn = ("frozen", "layers", "train", "budget")  # one RPN serves all kinds
     further = {  # may be left out
-        "kinds": lambda v: all(isinstance(own, dict) for own in v.values()),
+        "kinds": lambda v: all(own.keys().isdisjoint(of_the_rpn) for own in v.values()),
         "labels": labels, "square": lambda v: type(v) is bool,
         "budget": lambda v: len(v) == 2 and whole(v[0], 1) and whole(v[1], v[0]),
         "request": lambda v: isinstance(v, str)}

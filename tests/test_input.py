@@ -401,8 +401,9 @@ TRAIN = {"lr": 1, "warmup": 0, "betas": [0.9, 0.98], "epochs": 1, "batch_size": 
     ("sink", {"kind": "norm"}), ("sink", {"kind": "attention", "attention": {"9": None}, "threshold": 1}),
     ("sink", "norm"), ("frozen", 0), ("frozen", 6), ("frozen", "2"), ("layers", 5), ("tau", 1), ("tau", None),
     ("train", []), ("train", {"lr": 1}), ("train", TRAIN | {"lr": -1}), ("train", TRAIN | {"betas": [0.9]}),
-    ("kinds", [1]), ("kinds", {"text": 3}), ("labels", 3), ("labels", {"grow": -1}), ("labels", {"padding": "black"}),
-    ("square", "no"), ("budget", 5), ("budget", [2, 1]), ("request", 3)])
+    ("kinds", [1]), ("kinds", {"text": 3}), ("kinds", {"a": {"frozen": 1}}), ("labels", 3),
+    ("labels", {"grow": -1}), ("labels", {"padding": "black"}), ("square", "no"), ("budget", 5),
+    ("budget", [2, 1]), ("request", 3)])
 def test_recipes_that_make_no_sense(made, tmp_path, key, value):
     folder = shutil.copytree(made.ckpt, tmp_path / "ckpt")
     recipe = json.loads((folder / "recipe.json").read_text()) | {key: value}
