@@ -473,8 +473,8 @@ def answer(m, rpn, picture, question, mode="mask", tau=0.15, max_new_tokens=128,
         return Answer(m.generate(picture, question, max_new_tokens, history), visual_tokens=h * w)
     clock, B = Clock(m.device), rpn.frozen if rpn is not None else 0
     pixels, prompts = m.pixels(picture)[None], [m.prompt_ids(question, history)]
-    grid = m.token_grid(pixels)
-    letterbox = Letterbox(picture.size, grid, m.frame(picture.size))
+    letterbox = Letterbox.of(m, picture)
+    grid = letterbox.grid
     embeds, columns, positions = m.prepare(prompts, pixels)  # (1, T, D)
     T, P = embeds.shape[1], columns.stop  # of these, P are [system][image]
     rope = m.rope(positions)
