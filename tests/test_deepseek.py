@@ -17,6 +17,7 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 sys.path[:0] = [str(GOLDEN), str(GOLDEN.parent.parent)]
 
 import infer  # noqa: E402
+import tables  # noqa: E402
 import train  # noqa: E402
 from backbones.bpe import BPE  # noqa: E402
 from backbones.deepseek_vl import DeepSeekVL, SAMAttention, SAMBlock, resize_and_pad, to_unit  # noqa: E402
@@ -345,16 +346,29 @@ def questions_file(folder):
     return folder / "questions.jsonl"
 
 
+def found_recipe(folder, data, out):
+    """What the head finder prints for questions without boxes."""
+    single = [line for line in data.read_text().splitlines() if isinstance(json.loads(line)["question"], str)]
+    (data.parent / "single.jsonl").write_text("\n".join(single))
+    tables.main(["heads", "--ckpt", str(folder), "--eval", str(data.parent / "single.jsonl"), "--out", str(out),
+                 "--device", "cpu", "--dtype", "float32", "--max-new-tokens", "3"])
+    return json.loads((out / "recipe.json").read_text())
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_from_teacher_to_answer(folders, tmp_path, monkeypatch, capsys, name):
-    """train.py with a recipe.json: stopped after two steps and taken up again, it ends with the very weights of a run
-    that was not stopped; infer.py then answers in all three modes."""
+    """train.py with the head finder's recipe: stopped after two steps and taken up again, it ends with the very weights
+    of a run that was not stopped; infer.py then answers in all three modes."""
     folder, data = tmp_path / "tiny", questions_file(tmp_path / "data")
     shutil.copytree(folders[name], folder)
     tensors = load_file(folder / "model.safetensors")
     tensors["language_model.model.layers.1.self_attn.q_proj.weight"] *= 18  # heads that point somewhere
     save_file(tensors, folder / "model.safetensors")
-    (folder / "recipe.json").write_text(json.dumps(RECIPE))
+    found = found_recipe(folder, data, tmp_path / "heads")
+    assert set(found["attention"]) and found["softmax"] == "image"
+    given = {key: RECIPE[key] for key in ("frozen", "layers", "tau", "train")}  # a tiny model's own
+    (folder / "recipe.json").write_text(json.dumps(found | given))
+    assert load_recipe(folder)["attention"] == found["attention"]
     monkeypatch.setattr(train, "ROOT", tmp_path)
     monkeypatch.setattr(infer, "ROOT", tmp_path)
     flags = ["--ckpt", str(folder), "--data", str(data), "--device", "cpu", "--dtype", "float32",
