@@ -94,7 +94,7 @@ def open_source(path):
 
 
 def check_size(path, picture):
-    """Half the limit for what Pillow needs twice the memory for. Raises BadInput."""
+    """Raise BadInput above the limits; fewer pixels pass where Pillow needs twice the memory."""
     (w, h), limit = picture.size, MAX_PIXELS
     wide = picture.mode[0] in "IF"  # 16 or 32 bits a value
     if wide or picture.format == "WEBP" or "progressive" in picture.info:

@@ -7,7 +7,7 @@ An image and a question -> an answer, and a picture of where the model looked.
     python infer.py --eval questions.jsonl                 # scores plain and two-stage side by side
     torchrun --nproc_per_node 4 infer.py --eval questions.jsonl
 
-Without --ckpt and --rpn: what was trained last (out/last), else the toy with its bundled RPN.
+Without --ckpt and --rpn it takes what was trained last (out/last), else the toy and its own RPN.
 Left out: batches (each question is answered as in a conversation), sampling, video.
 """
 import argparse
@@ -38,7 +38,7 @@ SMALL = 1 << 26  # parameters; a model below this answers fastest on one thread 
 # ------------------------------------------------------------------------------------- which model
 
 def choose(args):
-    """-> model, RPN (None in plain mode), recipe. What was chosen is said."""
+    """Load what is asked for, and say what it is -> model, RPN (None in plain mode), recipe."""
     ckpt, path = args.ckpt, args.rpn
     if not ckpt and not path:
         ckpt, path = trained_last()
@@ -85,7 +85,7 @@ def own_rpn(ckpt, folder):
 
 
 def set_budget(m, budget, recipe):
-    """--budget, else what the recipe's RPN and tau belong to, else the checkpoint's own."""
+    """Take --budget, else what the recipe's RPN and tau belong to, else the checkpoint's own."""
     if budget is None:
         m.budget = (recipe or {}).get("budget", m.budget)
         return

@@ -1,5 +1,5 @@
 """
-Features + words -> words: projector, LLaMA decoder, tokeniser; LLaVA-1.5 whole, and loaded.
+Features + words -> words: projector, LLaMA decoder, tokeniser; all of LLaVA-1.5, and its loading.
 
     m = load("llava-1.5-7b")
     print(m.generate(load_image("img.jpg"), "What is written on the sign?"))
@@ -81,8 +81,8 @@ class RMSNorm(nn.Module):
 def rope_table(positions, d, theta, sections=None, dtype=torch.float32):
     """Rotary table of tokens at these positions -> (2, T, d): cos, and sin signed for rotate().
 
-    positions (T,), or (3, T) with `sections` (M-RoPE): so many frequencies follow each of three
-    axes. Built in float32 or wider and cast last: angles in half precision are wrong.
+    positions (T,), or (3, T) with `sections` (M-RoPE), the number of frequencies for each axis.
+    Built in float32 or wider and cast last: angles in half precision are wrong.
     """
     wide = wider(dtype)
     channel = torch.arange(0, d, 2, device=positions.device, dtype=wide)  # (d/2,)
@@ -754,7 +754,7 @@ def check_device(device):
 
 
 def find_checkpoint(path_or_name):
-    """A folder, or a name looked up beside the project, in checkpoints/, in the Hugging Face cache.
+    """A folder, or a name looked up beside the project, in checkpoints/ and in the hub's cache.
 
     The hub's own owner/name stands for the name here. Returns a Path, or raises BadInput.
     """
@@ -830,7 +830,7 @@ def open_safetensors(path):
 
 
 def match_keys(folder, m, shards):
-    """The two-way ledger: {our parameter: (file, name there)}.
+    """Match tensors and parameters both ways -> {our parameter: (file, name there)}.
 
     Every tensor is used once or on the family's ignore list, every parameter is filled, shapes
     agree.

@@ -53,8 +53,8 @@ def teach(m, recipe, pixels, prompts, max_new_tokens=128):
     pixels (b, 3, H, W); prompts: b lists of ids of one length, so there is no padding and no mask.
     recipe["sink"] None: no sink is removed (Table 3 #3). Query rows are the response tokens that
     were fed back: all but EOS, and without the last if the answer was cut. An empty answer has
-    none; its map is zero, so it gets no label and teaches nothing. Beyond answering this costs, at
-    the recipe's layers, the rows' q (which decoding computes anyway) times k.
+    none; its map is zero, so it gets no label and teaches nothing. The only cost beyond answering
+    is the rows' q (which decoding computes anyway) times k, at the recipe's layers.
     """
     B, attention, sink = recipe["frozen"], head_lists(m, recipe["attention"]), recipe["sink"]
     lowest = min(attention)  # H^l of Eq. 1 enters this layer
@@ -541,9 +541,9 @@ def smooth(p):
 def regions_above(p, threshold):
     """The regions R^i of Eq. 7 on a map (h, w), p > threshold, in raster order of the first cell.
 
-    Specks of one cell are dropped, and regions of more than 225 cells in 576: looking again would
-    hardly magnify. The box of a region of 2 or 3 cells is grown to at least 3 a side; its cells
-    stay.
+    Specks of one cell are dropped, and so are regions of more than 225 cells in 576, which a crop
+    would hardly magnify. The box of a region of 2 or 3 cells is grown to at least 3 a side; its
+    cells stay.
     >>> p = torch.zeros(6, 6)
     >>> p[0, 5] = .9            # a speck
     >>> p[2, 2] = p[3, 3] = .5  # two cells that touch at a corner
@@ -783,7 +783,7 @@ def released_recipe(family, config):
 
 
 def recipe_for(recipe, kind):
-    """The recipe for one kind of question; where this is none of its `kinds`, for the first.
+    """The recipe for one kind of question; for one that `kinds` does not name, that of the first.
 
     >>> recipe_for({"tau": 0.15, "kinds": {"text": {"tau": 0.1}, "natural": {}}}, "text")
     {'tau': 0.1}

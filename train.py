@@ -5,9 +5,9 @@ Images + questions -> an RPN, distilled from the model's own attention: Algorith
     python train.py --ckpt llava-1.5-7b              # questions from data/llava_mix.jsonl
     torchrun --nproc_per_node 4 train.py --ckpt llava-1.5-7b
 
-Stopped at any moment, the same command goes on. Everything lands in out/<ckpt name>/ (--out). No
-box and no answer of the data is used. The numbers in train() are the lines of Alg. 1.
-Left out: callbacks, mixed data sets, evaluation of anything but the toy (infer.py --eval).
+A run may be stopped at any moment; the same command goes on. Everything lands in out/<ckpt name>/
+(--out). No box and no answer of the data is used. The numbers in train() are the lines of Alg. 1.
+Left out: callbacks, mixed data sets, and evaluation beyond the toy, which infer.py --eval does.
 Shapes: b samples of a group, n turns, T tokens, N = h*w image tokens, D hidden width, H heads.
 """
 import argparse
@@ -104,7 +104,7 @@ class Sample:
 
 
 def read_sample(args, m, recipe, questions, number):
-    """Raises BadInput if the picture can not be read, or the prompt is too long."""
+    """-> Sample. Raises BadInput if the picture can not be read, or the prompt is too long."""
     picture, q = questions[number]
     recipe = recipe_for(recipe, q.get("kind"))
     pixels, letterbox = teacher_view(m, recipe, picture)
@@ -348,7 +348,7 @@ def true_regions(boxes, letterbox):
 
 
 def finish(args, m, rpn, recipe, questions, run):
-    """report.png, the toy's table, and out/last."""
+    """Write report.png and out/last, and print the toy's table."""
     scenes = run.settings["data"] == "toy scenes"
     if scenes:
         questions = ToyQuestions(TOY_HELD_OUT, args.held_out or recipe["train"]["held_out"])

@@ -1,4 +1,4 @@
-"""A training run's folder, and all about a run that is not the method: it may stop and go on.
+"""A training run's folder, and all of a run that is not the method, so that it may stop and go on.
 
     run = Run(out, settings, samples=1000, batch=32, epochs=2)
     run.restore(rpn, optimizer)
@@ -47,7 +47,7 @@ SHUT = (SafetensorError, KeyError, TypeError, ValueError, RuntimeError)  # how a
 
 
 def say(*words, end="\n"):
-    """To stderr, by one process."""
+    """Print to stderr, from one process."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         words = [printable(word, keep="\n") for word in words]
         print(*words, end=end, file=sys.stderr, flush=True)
@@ -127,7 +127,7 @@ class Labels:
 
 
 class Run:
-    """One run: `steps` steps over shuffled samples, in a folder that is its own."""
+    """One run: its steps over shuffled samples, in a folder of its own."""
 
     def __init__(self, out, settings, samples, batch, epochs, fresh=False, save_every=300.0,
                  max_bad=1.0):
@@ -153,7 +153,7 @@ class Run:
     # ---- the folder
 
     def open_folder(self):
-        """Make the folder, or take up the run in it. A stranger's: BadInput, nothing touched."""
+        """Make the folder, or take up the run in it. A stranger's raises BadInput, untouched."""
         config = self.out / "config.json"
         old = self.read_marker(config)
         if old is None and self.out.exists() and not self.is_untouched():
@@ -187,7 +187,7 @@ class Run:
             (self.out / "resume.safetensors").unlink(missing_ok=True)
 
     def read_marker(self, config):
-        """The settings of the run in this folder; None: it is none; {}: damaged, with --fresh."""
+        """The settings of the run in this folder; None: no run; {}: a damaged one, with --fresh."""
         if not config.is_file():
             return None
         text = config.read_text(encoding="utf-8", errors="replace")
@@ -246,7 +246,7 @@ class Run:
         return (self.out / "rpn.safetensors").is_file()
 
     def restore(self, rpn, optimizer):
-        """Take up weights, moments and step where a run was stopped. Damaged: BadInput."""
+        """Take up weights, moments and step where a run was stopped. Raises BadInput if damaged."""
         self.rpn, self.optimizer = rpn, optimizer
         path = self.out / "resume.safetensors"
         if path.is_file():
@@ -322,7 +322,7 @@ class Run:
         return order[at * self.global_batch:(at + 1) * self.global_batch][self.rank::self.world]
 
     def labelled(self, samples):
-        """Have all these their labels on disk, but for those that were skipped?"""
+        """Are the labels of all these on disk, but for those that were skipped?"""
         return all(i in self.labels.where or i in self.skipped for i in samples)
 
     def keep(self, made):
@@ -349,7 +349,7 @@ class Run:
         return Tally(*total.tolist())
 
     def record(self, tally, lr):
-        """One more step is done: its line of log and terminal. Above --max-bad: BadInput."""
+        """Count a step, log it and show it. Raises BadInput above --max-bad."""
         self.step += 1
         self.so_far.add(tally)
         seconds = time.time() - self.began
@@ -407,7 +407,7 @@ class Run:
             path.unlink(missing_ok=True)
 
     def finish(self, rpn, facts):
-        """Write rpn.safetensors. No sample had any label: BadInput, since such an RPN is none."""
+        """Write rpn.safetensors. Raises BadInput if no sample had a label: such an RPN is none."""
         self.list_skipped()
         if self.so_far.labelled == 0:
             raise BadInput(f"{self.out}: not one of {self.so_far.samples:.0f} samples had a "
