@@ -21,6 +21,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# The toy on 2 cores, quiet and beside two busy programs: threads that spin learn 36 and 7 samples a
+# second, threads that wait passively 28 and 13 (tests/bench.py --only busy).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import torch.distributed as dist
 
@@ -266,8 +269,9 @@ def start(args):
     recipe = load_recipe(folder)
     m = load(folder, device, dtype)
     threads = ""
-    if m.device.type == "cpu":  # unlike infer.py, training is fastest on all, also beside others
-        threads = f", {torch.get_num_threads()} thread(s) (OMP_NUM_THREADS sets fewer)"
+    if m.device.type == "cpu":
+        policy = os.environ["OMP_WAIT_POLICY"].lower()
+        threads = f", {torch.get_num_threads()} thread(s), OMP_WAIT_POLICY {policy}"
     say(f"{folder} on {device} ({'--device' if args.device else 'default'}) in {dtype} "
         f"({'--dtype' if args.dtype else 'default for training'}){threads}")
     fill_in(args, recipe)
