@@ -270,7 +270,7 @@ def start(args):
     m = load(folder, device, dtype)
     threads = ""
     if m.device.type == "cpu":
-        policy = os.environ["OMP_WAIT_POLICY"].lower()
+        policy = os.environ.get("OMP_WAIT_POLICY", "default").lower()
         threads = f", {torch.get_num_threads()} thread(s), OMP_WAIT_POLICY {policy}"
     say(f"{folder} on {device} ({'--device' if args.device else 'default'}) in {dtype} "
         f"({'--dtype' if args.dtype else 'default for training'}){threads}")
