@@ -785,11 +785,12 @@ def released_recipe(family, config):
 def recipe_for(recipe, kind):
     """The recipe for one kind of question; for one that `kinds` does not name, that of the first.
 
-    >>> recipe_for({"tau": 0.15, "kinds": {"text": {"tau": 0.1}, "natural": {}}}, "text")
-    {'tau': 0.1}
+    >>> recipe = {"tau": 0.15, "kinds": {"text": {"tau": 0.1}, "natural": {}}}
+    >>> [recipe_for(recipe, kind) for kind in ("text", "natural", "other")]
+    [{'tau': 0.1}, {'tau': 0.15}, {'tau': 0.1}]
     """
-    kinds = recipe.get("kinds") or {}
-    own = kinds.get(kind) or next(iter(kinds.values()), {})
+    kinds = recipe.get("kinds") or {"": {}}
+    own = kinds.get(kind, next(iter(kinds.values())))
     return {key: value for key, value in recipe.items() if key != "kinds"} | own
 
 
