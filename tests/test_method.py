@@ -394,7 +394,8 @@ def test_masked_upscaling_keeps_the_features_under_the_mask(load, drawing, kept)
     around = min(xs), min(ys), max(xs) + 1, max(ys) + 1
     stretched = Image.fromarray(mask.float().numpy()).crop(around).resize((6, 6), Image.BILINEAR)
     keep = torch.from_numpy(np.array(stretched)).flatten() > .5
-    (crop,), boxes = crops_of(m, shot, regions_of(mask), "mask")
+    letterbox = Letterbox(shot.size, m.grid_of(shot))
+    (crop,), boxes = look_again(m, shot, letterbox, regions_of(mask), "mask")
     assert boxes == [grid_to_image(around, 6, shot.size)]
     assert len(crop.tokens) == keep.sum() == (kept or keep.sum()) > 0
     assert torch.equal(crop.keep, keep) and crop.grid == (6, 6)
