@@ -299,7 +299,7 @@ class Run:
         self.began, self.first, saved = time.time(), self.step, time.time()
         try:
             while self.step < self.total_steps:
-                if self.step % self.steps_per_epoch == 0:  # from now on meets what others labelled
+                if self.world > 1 and self.step % self.steps_per_epoch == 0:  # meets others' labels
                     self.wait()
                     self.labels.refresh()
                 yield self.step
