@@ -401,6 +401,9 @@ def check_flags(args):
     for flag, value in (("--max-new-tokens", args.max_new_tokens), ("--limit", args.limit)):
         if value is not None and value < 1:
             raise BadInput(f"{flag} {value}: must be at least 1")
+    for flag in ("images", "limit", "fresh"):
+        if args.image and getattr(args, flag):
+            raise BadInput(f"--{flag}: belongs to --eval FILE; leave it out")
     if args.explain and (args.mode == "plain" or args.eval):
         raise BadInput("--explain shows the method: leave out --mode plain and --eval")
     if args.image in ("-", "/dev/stdin") and args.question is None:

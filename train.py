@@ -274,7 +274,7 @@ def start(args):
         threads = f", {torch.get_num_threads()} thread(s), OMP_WAIT_POLICY {policy}"
     say(f"{folder} on {device} ({'--device' if args.device else 'default'}) in {dtype} "
         f"({'--dtype' if args.dtype else 'default for training'}){threads}")
-    fill_in(args, recipe)
+    fill_in(args, recipe, toy)
     check_depth(m, args.frozen_layers, args.rpn_layers)  # before the run's folder is made
     recipe = recipe | {"frozen": args.frozen_layers, "layers": args.rpn_layers}
     if "budget" in recipe:
@@ -303,11 +303,11 @@ def made_for_scenes(folder):
     return isinstance(training, dict) and training.get("data") == "toy scenes"
 
 
-def fill_in(args, recipe):
-    """Flags that were not given take the recipe's values."""
-    for key in ("lr", "epochs", "batch_size", "grad_accum", "samples"):
+def fill_in(args, recipe, toy):
+    """Flags that were not given take the recipe's values; a file is used whole."""
+    for key in ("lr", "epochs", "batch_size", "grad_accum", *(["samples"] if toy else [])):
         if getattr(args, key) is None:
-            setattr(args, key, recipe["train"].get(key))
+            setattr(args, key, recipe["train"][key])
     args.frozen_layers = args.frozen_layers or recipe["frozen"]
     args.rpn_layers = args.rpn_layers or recipe["layers"]
 
@@ -436,6 +436,9 @@ def check_flags(args):
             raise BadInput(f"--{key.replace('_', '-')} {value}: must be at least 1")
     if args.lr is not None and not 0 < args.lr < 10:
         raise BadInput(f"--lr {args.lr}: must be positive and finite")
+    for flag, value in (("--max-bad", args.max_bad), ("--save-every", args.save_every)):
+        if not value >= 0:  # NaN neither
+            raise BadInput(f"{flag} {value}: must be 0 or more")
 
 
 def work(args):

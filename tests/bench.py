@@ -411,7 +411,7 @@ class Bench:
                 stack.enter_context(mock.patch.object(module, name, value))
             args = train.parser().parse_args(f"--ckpt random --batch-size {batch} --grad-accum {accumulate} --epochs 1 "
                                              f"--teacher-batch {teacher} --max-new-tokens {new}".split())
-            train.fill_in(args, self.recipe)
+            train.fill_in(args, self.recipe, toy=False)
             run = Timed(Path(folder, "run"), {"seed": 0}, steps * samples, samples, 1)
             run.time_on(self.device)
             train.train(args, self.m, self.recipe, [(self.picture, question)] * (steps * samples), run)

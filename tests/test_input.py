@@ -601,3 +601,14 @@ def test_nothing_is_written_but_out_and_what_was_named(made, tmp_path, monkeypat
         watching.clear()
     assert len(written) > 5
     assert not [p for p in written if not any(p.is_relative_to(tmp_path / name) for name in ("named", "out"))]
+
+
+@pytest.mark.parametrize("flag", [("--images", "pictures"), ("--limit", "3"), ("--fresh",)])
+def test_flags_of_an_evaluation_are_not_ignored_elsewhere(made, flag):
+    one_line(infer, made.image, "Why?", *ask(made, *flag), says=f"{flag[0]}: belongs to --eval FILE; leave it out")
+
+
+@pytest.mark.parametrize("flag", ["--max-bad", "--save-every"])
+@pytest.mark.parametrize("value", ["nan", "-1"])
+def test_flags_that_are_no_limit(made, tmp_path, flag, value):
+    one_line(train, *argv(made, tmp_path / "run", flag, value), says=rf"{flag} {value}.*: must be 0 or more")

@@ -557,3 +557,12 @@ def test_out_last_that_names_nothing(made, tmp_path):
     shutil.copy(made.ckpt / "rpn.safetensors", run)
     (run / "config.json").write_text("{}")
     one_line(infer, made.image, "Why?", says="None: no such checkpoint folder")
+
+
+def test_a_question_file_is_used_whole_and_only_the_scenes_take_the_recipes_number():
+    training = {"lr": 1.0, "epochs": 1, "batch_size": 2, "grad_accum": 1, "samples": 7}
+    recipe = {"frozen": 2, "layers": 3, "train": training}
+    for flags, toy, samples in ([], True, 7), ([], False, None), (["--samples", "3"], False, 3):
+        args = train.parser().parse_args(flags)
+        train.fill_in(args, recipe, toy)
+        assert args.samples == samples and args.lr == 1.0

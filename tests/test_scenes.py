@@ -75,3 +75,15 @@ def test_parking_is_cheapest_at_equal_shares_of_what_is_to_be_parked():
     best = loss(0.4, 0.4, 0.1, 0.1)
     assert best == pytest.approx(-0.8 * math.log(0.4) - 0.2 * math.log(0.2))
     assert best < loss(0.5, 0.3, 0.1, 0.1) and best < loss(0.3, 0.3, 0.2, 0.2) and best < loss(0.45, 0.45, 0.05, 0.05)
+
+
+def test_registers_lie_apart_on_empty_patches():
+    norms, empty = torch.ones(1, 144), torch.ones(1, 144, dtype=torch.bool)
+    norms[0, 0], norms[0, 1], norms[0, 4], norms[0, 143], norms[0, 50] = 9.0, 8.0, 7.0, 8.0, 20.0
+    empty[0, 50] = False  # a thing lies there
+    assert pretrain.pick_registers(norms, empty)[0].nonzero().flatten().tolist() == [0, 4]  # 1 is near, 143 far
+    assert not pretrain.pick_registers(norms, torch.zeros_like(empty)).any()
+
+
+def test_a_loop_over_the_questions_ends():
+    assert len(list(scenes.ToyQuestions("test", 3))) == 3

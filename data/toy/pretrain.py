@@ -66,6 +66,7 @@ READ_FIRST = 0.3  # share of the tower's steps that are pages alone
 MIDDLE = (4, 5)  # layers whose heads are pushed; the last phase freezes all below the first
 LOOK, PARK, NOISE = [0], [1, 2, 3], 4  # what their heads do in the last phase
 SINKS, PARKED = 2, 0.8  # registers of a view; the share of heads PARK's attention they shall get
+APART = 3, 5  # least and most cells between the two registers of a view
 SPREAD = 0.3  # how far heads LOOK spread over the thing they look at
 NOISE_STD = 2.2  # of random queries and keys
 
@@ -148,10 +149,21 @@ def tower_report(llava, heads, pool):
     return " | ".join(words)
 
 
-def longest(norms, among):
-    """The SINKS largest norms (b, N) of the patches `among` (b, N) -> bool (b, N)."""
-    top = norms.masked_fill(~among, -1.0).topk(SINKS, -1).indices
+def longest(norms, among, count=SINKS):
+    """The `count` largest norms (b, N) of the patches `among` (b, N) -> bool (b, N)."""
+    top = norms.masked_fill(~among, -1.0).topk(count, -1).indices
     return torch.zeros_like(among).scatter(1, top, True) & among
+
+
+def pick_registers(norms, empty):
+    """The longest empty patch of each view and the longest APART from it -> bool (b, N)."""
+    first = longest(norms, empty, 1)
+    at = first.int().argmax(-1)[:, None]  # (b, 1)
+    cell = torch.arange(N)
+    down, across = (cell // GRID - at // GRID).abs(), (cell % GRID - at % GRID).abs()
+    distance = torch.maximum(down, across)  # (b, N)
+    apart = (distance >= APART[0]) & (distance <= APART[1])
+    return first | longest(norms, empty & apart, SINKS - 1)
 
 
 def find_registers(features):
@@ -170,8 +182,10 @@ def flat_patches(views):
 def register_loss(llava, heads, old, batch, rng):
     """SINKS empty patches of each view become registers, all else stays what the `old` tower made.
 
-    The tower takes its pick among patches on nothing and not in the padding. It shall make them
-    5 to 6 times as long as the median, and say in them which shapes the view shows.
+    The tower takes its pick among patches on nothing and not in the padding, but they lie APART:
+    closer they would be one region, and the box around two in opposite corners covers half of the
+    grid, which leaves a sample without labels where sinks are not removed. It shall make them 5 to
+    6 times as long as the median, and say in them which shapes the view shows.
     -> loss, what is shown in the log.
     """
     views = [rng.choice([0, 0, 1, 2, 3]) for _ in batch]
@@ -183,7 +197,7 @@ def register_loss(llava, heads, old, batch, rng):
         median = before.norm(dim=-1).median(-1, keepdim=True).values  # (b, 1)
     after = llava.vision_tower(pixels).float()
     norms = after.norm(dim=-1)
-    chosen = longest(norms.detach(), empty)
+    chosen = pick_registers(norms.detach(), empty)
     keeping = ((after - before).square().sum(-1) / median ** 2)[~chosen].mean()
     ratio = (norms / median)[chosen].log()
     length = (F.relu(math.log(5) - ratio) + F.relu(ratio - math.log(6))).mean()

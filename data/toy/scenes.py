@@ -343,6 +343,8 @@ class ToyQuestions:
         return self.count
 
     def __getitem__(self, i):
+        if i >= self.count:
+            raise IndexError(i)  # or a loop over the questions would never end
         scene, question = make_question(self.stream, i)
         turns = [question["question"]]
         return scene.image, question | {"question": turns, "id": f"{self.stream}/{i}"}
