@@ -210,7 +210,8 @@ class Embeddings(nn.Module):
         C, patch = config["hidden_size"], config["patch_size"]
         self.class_embedding = nn.Parameter(torch.zeros(C))
         self.patch_embedding = nn.Conv2d(3, C, patch, stride=patch, bias=False)
-        self.position_embedding = nn.Embedding((config["image_size"] // patch) ** 2 + 1, C)
+        positions = torch.zeros((config["image_size"] // patch) ** 2 + 1, C)
+        self.position_embedding = nn.Embedding.from_pretrained(positions, freeze=False)
 
     def forward(self, pixels):
         x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (b, N, C), row by row

@@ -272,3 +272,10 @@ def test_two_processes_score_what_one_does_and_go_on(made, tmp_path):
     assert re.search("going on: [2-6] of 7 questions are scored", said) and said.count("answers: ") == 1
     assert file.name == one.name and without_times(rows_of(file)) == rows
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_answering_does_not_import_the_compiler(made, tmp_path):
+    """It would take as long as all else that an answer of the toy needs."""
+    words = [str(made.image), "Why?", *map(str, ask(made)), "--save", str(tmp_path / "a.png")]
+    done = shell("-c", f"import sys, infer; infer.main({words}); print('torch._dynamo' in sys.modules)")
+    assert done.returncode == 0 and done.stdout.split()[-1] == b"False", done.stderr

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -157,8 +158,11 @@ def test_the_readmes_own_script_is_ten_lines_and_runs_on_the_toy(tmp_path, monke
 
 def test_toy_commands_run(tmp_path):
     """The commands a newcomer types first, in real processes, with the answer the README promises."""
+    project = tmp_path / "project"  # a copy: what is trained here is not what infer.py takes elsewhere
+    shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".git", ".venv", "out", "checkpoints", "*.jsonl"))
+
     def run(*words):
-        return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        return subprocess.run([sys.executable, *words], cwd=project, capture_output=True, text=True, timeout=300)
     command, promised = re.search(r"python (infer\.py data/toy/samples/images/\d+\.png \".*?\") +# prints: (.+)",
                                   README).groups()
     bundled = ["--ckpt", "toy", "--rpn", "data/toy/llava-toy/rpn.safetensors"]
