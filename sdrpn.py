@@ -3,15 +3,16 @@ SD-RPN, the method whole: a question -> where to look -> look again.
 
 Sec., Eq. and Alg. are those of the paper, arXiv 2509.16944.
 
-    teach()   the frozen model answers; where its answer looked becomes labels     Sec. 3.2, Eq. 1-2
-    RPN       R blocks on top of the first B frozen layers learn those labels      Sec. 3.3, Eq. 3-5
-    answer()  the RPN's map is cut into regions, which are cropped and read again  Sec. 3.4, Eq. 6-8
+    teach()        the frozen model answers; its attention says where it looked  Sec. 3.1-2, Eq. 1
+    make_labels()  that map becomes foreground, background, and what is ignored  Sec. 3.2, Eq. 2
+    RPN            R blocks on top of the first B frozen layers learn the labels Sec. 3.3, Eq. 3-5
+    answer()       regions of the RPN's map are cropped and read again           Sec. 3.4, Eq. 6-8
 
     m = load("toy")
     rpn = RPN.load("data/toy/llava-toy/rpn.safetensors", m)
     print(answer(m, rpn, picture, "What number is on the star?").text)
 
-Left out: the training loop (train.py); baselines and ablations (tests/tables.py).
+Left out: the training loop (train.py); ablations and ViCrop (tests/ablations.py, tests/peers.py).
 Shapes: b batch, n turns, T tokens, N = h*w image tokens, D hidden width, H heads, d head size.
 Maps are (..., N) row by row, or (h, w); a grid is (h, w), or an int where it is square. Boxes are
 half-open (x0, y0, x1, y1), in grid cells or in source pixels.
