@@ -261,7 +261,7 @@ class ScoreLayer(nn.Module):
         return x.unflatten(-1, (-1, self.d)).transpose(1, 2)
 
     def forward(self, queries, image, query_rope, image_rope):
-        """Eq. 5, per head: (b, n, D) and (b, N, D), after the norm -> scores (b, H, n, N).
+        """Eq. 5, per head: (b, n, D) and (b, N, D), after twig_norm -> scores (b, H, n, N).
 
         LLaVA's score is not rotated: it says what a patch holds, not how far from the question it
         stands.
@@ -302,7 +302,8 @@ class RPN(nn.Module):
         """Eq. 3-5: hidden states after the frozen layers (b, T, D) -> scores (b, H, n, N).
 
         columns: the image's. rows: where the n query tokens stand, the last prompt token before
-        each response; one pass serves all turns. rope (2, T, d).
+        each response; one pass serves all turns. rope (2, T, d). The map of a turn is the mean over
+        heads, which logits() and the training loss take.
         """
         for block in self.twig_layers[:-1]:
             hidden = block(hidden, rope)  # (b, T, D), Eq. 3
