@@ -87,7 +87,7 @@ def teach(m, recipe, pixels, prompts, max_new_tokens=128):
     return Lesson(responses, raw, clean, after[B], columns, rope)
 
 
-# A recipe may show the teacher the picture otherwise, ask it otherwise, and label by further rules.
+# A recipe may change the teacher's view of the picture, its question, and the rules of labels.
 
 def teacher_view(m, recipe, picture):
     """The picture as the teacher sees it -> pixels (3, H, W), and the Letterbox of its grid."""
@@ -734,12 +734,13 @@ def grid_to_image(box, grid, picture_size):
 #   sink        {"kind": "norm", "c": times the median norm}, null, or
 #               {"kind": "attention", "attention": {layer: heads}, "threshold": for 576 tokens}
 #   frozen, layers, tau     B, R and the threshold of Eq. 6
-#   train       lr, warmup, betas, epochs, batch_size, grad_accum, clip; the toy: samples, held_out
+#   train       lr, warmup, betas, epochs, batch_size, grad_accum, clip;
+#               of the toy also data, samples, held_out
 #   kinds?      {kind of question: entries that replace others; not those of the RPN itself}
 #   labels?     {"grow", "min_peak", "padding"}: what else assign_labels is told
 #   square?     true: training pictures are padded to a square
 #   budget?     [min, max] pixels of a picture while training
-#   request?    replaces the question's last sentence when labels are made
+#   request?    ends the question when labels are made, in place of a line "Answer ..."
 # The two below are what the authors released, by model_type, layers and hidden width.
 RELEASED_TRAINING = dict(
     lr=5e-5, warmup=0.03, betas=[0.9, 0.98], epochs=1, batch_size=8, grad_accum=16, clip=1.0)
