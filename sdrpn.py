@@ -739,7 +739,7 @@ def grid_to_image(box, grid, picture_size):
 #   kinds?      {kind of question: entries that replace others; not those of the RPN itself}
 #   labels?     {"grow", "min_peak", "padding"}: what else assign_labels is told
 #   square?     true: training pictures are padded to a square
-#   budget?     [min, max] pixels of a picture while training
+#   budget?     [min, max] pixels of a picture, in training and, without --budget, in answering
 #   request?    ends the question when labels are made, in place of a line "Answer ..."
 # The two below are what the authors released, by model_type, layers and hidden width.
 RELEASED_TRAINING = dict(
