@@ -8,7 +8,7 @@ An image and a question -> an answer, and a picture of where the model looked.
     torchrun --nproc_per_node 4 infer.py --eval questions.jsonl
 
 Without --ckpt and --rpn it takes what was trained last (out/last), else the toy and its own RPN.
-Left out: batches (each question is answered as in a conversation), sampling, video.
+Left out: batches (one question is answered at a time), sampling, video.
 """
 import argparse
 import hashlib
@@ -376,7 +376,7 @@ def parser():
     add("--tau", type=float,
         help="threshold on the RoI map; lower it if regions are missed; default: the recipe's")
     add("--budget", type=int, nargs=2, metavar=("MIN", "MAX"),
-        help="pixels of a picture, for models that take any size; default: the checkpoint's")
+        help="pixels of a picture, if the model takes any size; default: the recipe's or its own")
     add("--max-new-tokens", type=int, help="longest answer; default: 128, or the question file's")
     add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     add("--dtype", help="float16, bfloat16, float32, float64; default: the file's on a GPU; "

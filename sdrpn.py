@@ -3,15 +3,16 @@ SD-RPN, the method whole: a question -> where to look -> look again.
 
 Sec., Eq. and Alg. are those of the paper, arXiv 2509.16944.
 
-    teach()   the frozen model answers; where its answer looked becomes labels     Sec. 3.2, Eq. 1-2
-    RPN       R blocks on top of the first B frozen layers learn those labels      Sec. 3.3, Eq. 3-5
-    answer()  the RPN's map is cut into regions, which are cropped and read again  Sec. 3.4, Eq. 6-8
+    teach()        the frozen model answers; its attention says where it looked  Sec. 3.1-2, Eq. 1
+    make_labels()  that map becomes foreground, background, and what is ignored  Sec. 3.2, Eq. 2
+    RPN            R blocks on top of the first B frozen layers learn the labels Sec. 3.3, Eq. 3-5
+    answer()       regions of the RPN's map are cropped and read again           Sec. 3.4, Eq. 6-8
 
     m = load("toy")
     rpn = RPN.load("data/toy/llava-toy/rpn.safetensors", m)
     print(answer(m, rpn, picture, "What number is on the star?").text)
 
-Left out: the training loop (train.py); baselines and ablations (tests/tables.py).
+Left out: the training loop (train.py); ablations and ViCrop (tests/ablations.py, tests/peers.py).
 Shapes: b batch, n turns, T tokens, N = h*w image tokens, D hidden width, H heads, d head size.
 Maps are (..., N) row by row, or (h, w); a grid is (h, w), or an int where it is square. Boxes are
 half-open (x0, y0, x1, y1), in grid cells or in source pixels.
@@ -86,7 +87,7 @@ def teach(m, recipe, pixels, prompts, max_new_tokens=128):
     return Lesson(responses, raw, clean, after[B], columns, rope)
 
 
-# A recipe may show the teacher the picture otherwise, ask it otherwise, and label by further rules.
+# A recipe may change the teacher's view of the picture, its question, and the rules of labels.
 
 def teacher_view(m, recipe, picture):
     """The picture as the teacher sees it -> pixels (3, H, W), and the Letterbox of its grid."""
@@ -260,7 +261,7 @@ class ScoreLayer(nn.Module):
         return x.unflatten(-1, (-1, self.d)).transpose(1, 2)
 
     def forward(self, queries, image, query_rope, image_rope):
-        """Eq. 5, per head: (b, n, D) and (b, N, D), after the norm -> scores (b, H, n, N).
+        """Eq. 5, per head: (b, n, D) and (b, N, D), after twig_norm -> scores (b, H, n, N).
 
         LLaVA's score is not rotated: it says what a patch holds, not how far from the question it
         stands.
@@ -301,7 +302,8 @@ class RPN(nn.Module):
         """Eq. 3-5: hidden states after the frozen layers (b, T, D) -> scores (b, H, n, N).
 
         columns: the image's. rows: where the n query tokens stand, the last prompt token before
-        each response; one pass serves all turns. rope (2, T, d).
+        each response; one pass serves all turns. rope (2, T, d). The map of a turn is the mean over
+        heads, which logits() and the training loss take.
         """
         for block in self.twig_layers[:-1]:
             hidden = block(hidden, rope)  # (b, T, D), Eq. 3
@@ -732,12 +734,13 @@ def grid_to_image(box, grid, picture_size):
 #   sink        {"kind": "norm", "c": times the median norm}, null, or
 #               {"kind": "attention", "attention": {layer: heads}, "threshold": for 576 tokens}
 #   frozen, layers, tau     B, R and the threshold of Eq. 6
-#   train       lr, warmup, betas, epochs, batch_size, grad_accum, clip; the toy: samples, held_out
+#   train       lr, warmup, betas, epochs, batch_size, grad_accum, clip;
+#               of the toy also data, samples, held_out
 #   kinds?      {kind of question: entries that replace others; not those of the RPN itself}
 #   labels?     {"grow", "min_peak", "padding"}: what else assign_labels is told
 #   square?     true: training pictures are padded to a square
-#   budget?     [min, max] pixels of a picture while training
-#   request?    replaces the question's last sentence when labels are made
+#   budget?     [min, max] pixels of a picture, in training and, without --budget, in answering
+#   request?    ends the question when labels are made, in place of a line "Answer ..."
 # The two below are what the authors released, by model_type, layers and hidden width.
 RELEASED_TRAINING = dict(
     lr=5e-5, warmup=0.03, betas=[0.9, 0.98], epochs=1, batch_size=8, grad_accum=16, clip=1.0)

@@ -21,8 +21,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# The toy on 2 cores, quiet and beside two busy programs: threads that spin learn 36 and 7 samples a
-# second, threads that wait passively 28 and 13 (tests/bench.py --only busy).
+# On 2 cores, threads that wait passively train the toy a fifth slower than threads that spin, but
+# twice as fast beside two busy programs (tests/bench.py --only busy).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import torch.distributed as dist
@@ -403,11 +403,11 @@ def parser():
         help="train on this many questions, shuffled with --seed; 10000 already helps (Table 4b)")
     add("--seed", type=int, default=0, help="order of the data; default: 0")
     add("--batch-size", type=int,
-        help="samples of the student at a time; lower it when the GPU runs out of memory")
+        help="samples at a time, at most --teacher-batch; lower it when memory runs out")
     add("--grad-accum", type=int,
         help="a step is batch-size x grad-accum samples, on any number of processes")
     add("--teacher-batch", type=int, default=8,
-        help="questions answered at a time; lower it when the teacher runs out of memory; "
+        help="most samples at a time, teacher and student; lower it when memory runs out; "
              "default: 8")
     add("--lr", type=float, help="peak learning rate; lower it if the loss jumps")
     add("--epochs", type=int, help="passes over the questions; labels are made in the first only")

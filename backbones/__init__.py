@@ -24,7 +24,7 @@ name into model.KNOWN. Nothing else names a family, but for the paper's figures 
     budget                        (least, most) pixels, where a picture may have any size
     recipes                       what was released for its sizes; else tests/tables.py heads
 
-Its limits: one grid for each picture (no tiles); a checkpoint's tensor is one of ours, not three;
+Its limits: one grid for each picture (no tiles); no decoder tensor that holds q, k and v at once;
 no rotary scaling (read_text_sizes refuses it). To test one: a tiny config.json and golden tensors
 as in tests/golden/, and a line in CONFIGS of tests/random_llava.py.
 """

@@ -245,8 +245,8 @@ def text_positions(start, t):
 # --------------------------------------------------------------------------------------- recipes
 
 # What the authors released: layers and heads of the teacher for questions about text in pictures
-# and for those about natural scenes; B, R, labels and training are the same for both. The keys of
-# `kinds` are what data/llava_mix.py calls them.
+# and for those about natural scenes; B, R, labels and training are the same for both. Of the kinds,
+# data/llava_mix.py writes ocr_vqa and gqa; one that is not named counts as the first, text.
 REQUEST = ("Output the grounding bounding box of Region of Interest for the question. IMPORTANT: "
            "The output MUST be raw text, one box per line. DO NOT use JSON. Follow this exact "
            "format: x_min y_min x_max y_max {detail_label}.")

@@ -24,7 +24,7 @@ BLOCKS = [block for text in PAGES.values() for block in re.findall(r"```\n(.*?)`
 LINES = [line.split(" #")[0].strip().removeprefix("$ ") for block in BLOCKS for line in block.splitlines()]
 COMMANDS = list(dict.fromkeys(line for line in LINES if re.match(r"(python3?|torchrun) ", line)))
 CODE = ("clip.py", "model.py", "sdrpn.py", "train.py", "infer.py", "data/run.py", "backbones/deepseek_vl.py",
-        "backbones/qwen2_5_vl.py")
+        "backbones/qwen2_5_vl.py", "backbones/bpe.py")
 SETUP = "python3 -m venv .venv && . .venv/bin/activate && pip install -q -r requirements.txt && "
 SCRIPTS = ("train.py", "infer.py", "data/toy/scenes.py", "data/toy/pretrain.py", "data/llava_mix.py",
            "data/benchmarks.py", "tests/bench.py", "tests/tables.py", "tests/fuzz.py", "tests/random_llava.py",
