@@ -270,7 +270,7 @@ class LLaVA(nn.Module):
 
     Attributes: config (all sizes, by their names in config.json), tokenizer, folder, fingerprint.
     """
-    recipes = {}   # a backbone's released recipes, found as sdrpn.RECIPES are
+    recipes = {}   # what was released for this family, keyed as sdrpn.RECIPES is
     budget = None  # (least, most) pixels of a picture, in families that take any size
 
     def __init__(self, config, tokenizer=None):
@@ -296,9 +296,10 @@ class LLaVA(nn.Module):
     def prompt_ids(self, question, history=()):
         """The vicuna_v1 prompt as ids, one image_token where the image goes.
 
-        history = ((question, answer), ...). The pieces around the image and after each </s> are
-        tokenised apart, as LLaVA does. Only this template places the ids of <image> and </s>: typed
-        by a user they stay text.
+        history = ((question, answer), ...). A prompt that goes on with an answer begins with the
+        same ids: sdrpn.conversation counts on it. The pieces around the image and after each </s>
+        are tokenised apart, as LLaVA does. Only this template places the ids of <image> and </s>:
+        typed by a user they stay text.
         """
         encode = self.tokenizer.encode
         ids = [self.tokenizer.bos_id(), *encode(f"{SYSTEM} USER: "), self.config["image_token"]]
@@ -338,28 +339,31 @@ class LLaVA(nn.Module):
     # ---- pictures
 
     def pixels(self, picture, box=None):
-        """How the tower is shown a picture, or a box of it in source pixels -> (3, S, S)."""
+        """A picture, or a box of it in source pixels, as the tower sees it -> (3, S, S) float32."""
         size = self.vision_tower.image_size
         return preprocess(picture, size) if box is None else preprocess_crop(picture, box, size)
 
     def token_grid(self, pixels):
-        """Image tokens of pixels (..., 3, S, S), as (h, w)."""
+        """Image tokens (h, w) of pixels (..., 3, S, S), be they of a picture or of a crop."""
         return self.vision_tower.grid, self.vision_tower.grid
 
     def grid_of(self, picture):
-        """Image tokens of a picture, as (h, w)."""
+        """token_grid of the whole picture, without its pixels."""
         return self.vision_tower.grid, self.vision_tower.grid
 
     def frame(self, picture_size):
-        """Width and height in source pixels of what the grid covers, centred on the picture."""
+        """(w, h) in source pixels of what the grid covers, centred on the picture.
+
+        Here the padded square; picture_size itself where a picture is stretched or keeps its shape.
+        """
         return max(picture_size), max(picture_size)
 
     def features(self, pixels):
-        """(b, 3, S, S) -> (b, N, C), what the tower says of each cell of the grid."""
+        """(b, 3, S, S) as pixels() left them, on the CPU -> (b, N, C): the cells, row by row."""
         return self.vision_tower(pixels.to(self.device, self.dtype))
 
     def project(self, features):
-        """(b, n, C) of any n cells -> image tokens (b, n, D)."""
+        """(b, n, C) of any n cells -> image tokens (b, n, D): a mask may have left some out."""
         return self.multi_modal_projector(features)
 
     @torch.no_grad()
@@ -386,7 +390,8 @@ class LLaVA(nn.Module):
     def prepare(self, prompts, pixels):
         """b prompts of one length, as ids, and their pixels (b, 3, H, W) -> what the decoder takes.
 
-        Embeddings (b, T, D), the slice of T that is the image, positions (T,) or (3, T).
+        The image stands at one place in all of them. Embeddings (b, T, D), the slice of T that is
+        the image, positions (T,) or (3, T).
         """
         image_tokens = self.encode(pixels)  # (b, N, D)
         pairs = [self.embed_prompt(ids, image_tokens[i:i + 1]) for i, ids in enumerate(prompts)]
@@ -670,6 +675,8 @@ def read_text_sizes(path, given, defaults):
         (text["num_attention_heads"] % text["num_key_value_heads"] != 0,
          "num_attention_heads is not a multiple of num_key_value_heads"),
         (text["head_dim"] % 2 != 0, "head_dim must be even")])
+    # LLaVA's: no biases on q, k, v; the RPN's score layer reads normed states (Eq. 4), and its own
+    # q and k are not rotated (Eq. 5); no sections for rope_table: a position is one number.
     flags = dict(qkv_bias=False, final_norm=True, score_rope=False, mrope_section=None)
     return text | flags
 

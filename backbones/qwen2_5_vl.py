@@ -286,7 +286,7 @@ class Qwen2_5VL(LLaVA):
 
     def build_tower(self):
         self.visual = Tower(self.config["vision"])
-        self.budget = self.config.pop("budget")  # may change; the model's fingerprint must not
+        self.budget = self.config.pop("budget")  # may change; what config.json says may not
 
     # ---- words
 

@@ -75,11 +75,8 @@ TINY = tuple(name for name in CONFIGS if name.startswith("tiny"))
 class Words:
     """Stands in for a tokeniser: an id for each word or sign. Only the number of ids matters here."""
 
-    def __init__(self, config):
-        vision = config.get("vision_start_token_id", 0)
-        image = config.get("image_token_index", config.get("image_token_id"))
-        if image is None:  # DeepSeek-VL: the tokeniser says it
-            image = min(100015, config["language_config"]["vocab_size"] - 1)
+    def __init__(self, sizes, vision):
+        image = sizes.get("image_token", min(100015, sizes["vocab_size"] - 1))  # else the tokeniser would say it
         self.size = image
         self.ids = {"<|vision_start|>": vision, "<|vision_end|>": vision + 1, "<image_placeholder>": image}
 
@@ -105,20 +102,18 @@ class Words:
 
 def skeleton(name, layers=None):
     """A model without weights (on the meta device), its RPN, its recipe. layers: fewer of the decoder's."""
-    config = json.loads(json.dumps(CONFIGS[name]))
-    text = config.get("text_config") or config.get("language_config") or config
-    depth = text["num_hidden_layers"]
-    text["num_hidden_layers"] = layers or depth
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(config))
+        Path(folder, "config.json").write_text(json.dumps(CONFIGS[name]))
         family, sizes = read_family(Path(folder))
-    recipe = plain_recipe(depth) | sdrpn.released_recipe(family, sizes | {"num_hidden_layers": depth})
+    depth = sizes["num_hidden_layers"]
+    recipe = plain_recipe(depth) | sdrpn.released_recipe(family, sizes)
     if layers:
+        sizes["num_hidden_layers"] = layers
         frozen = max(1, recipe["frozen"] * layers // depth)
         recipe |= plain_recipe(layers) | dict(frozen=frozen, layers=min(recipe["layers"], layers - frozen))
     recipe = sdrpn.recipe_for(recipe, None)
     with torch.device("meta"):
-        m = family(sizes, Words(config))
+        m = family(sizes, Words(sizes, CONFIGS[name].get("vision_start_token_id", 0)))
         rpn = RPN(m.config, recipe["frozen"], recipe["layers"])
     if m.budget is not None:
         m.budget = TINY_BUDGET if name in TINY else BUDGET

@@ -1,4 +1,4 @@
-"""Where does parity with the reference break first? Our model against the golden tensors, stage by stage.
+"""Where does parity with the reference break first? LLaVA against its golden tensors, stage by stage.
 
     python tests/golden/differ.py  # every case
     python tests/golden/differ.py grouped  # one
