@@ -73,7 +73,7 @@ def teach(m, recipe, pixels, prompts, max_new_tokens=128):
     answers = m.decode(after[m.depth][:, -1], cache, T, max_new_tokens)  # line 6
 
     counts = [min(len(ids), max_new_tokens - 1) for ids in answers]  # rows of each sample
-    # Lines 8-10, where the recipe says "image"; the released LLaVA recipes say "sequence".
+    # Lines 9-10, where the recipe says "image"; the released LLaVA recipes say "sequence".
     raw = roi_maps(cache, attention, columns, T, counts, recipe["softmax"])  # (b, N)
     clean = raw
     if by_attention:  # the released code's rule; its threshold is for 576 tokens
@@ -164,7 +164,7 @@ def roi_maps(cache, attention, columns, prompt, counts, softmax):
 
 
 def response_attention(q, k, columns, prompt, softmax="image"):
-    """Sec. 3.1, Alg. 1 lines 8-10: how much response rows look at each image token, mean over rows.
+    """Sec. 3.1, Alg. 1 lines 9-10: how much response rows look at each image token, mean over rows.
 
     q (H, m, d): rotated queries of the m response tokens fed back in. k (Hkv, prompt + m, d):
     rotated keys of the prompt and of those tokens. columns: the slice that is the image.
@@ -190,7 +190,8 @@ def response_attention(q, k, columns, prompt, softmax="image"):
 def remove_sink_tokens(roi_map, hidden, tau_norm):
     """Eq. 1: zero the map where an image token's hidden state is longer than tau_norm: a sink.
 
-    roi_map (..., N), hidden (..., N, D) -> (..., N)
+    roi_map (..., N), hidden (..., N, D) -> (..., N). teach() takes the states that enter the lowest
+    layer it reads, and c times their median norm.
     >>> hidden = torch.tensor([[3., 4.], [30., 40.], [0., 5.]])
     >>> remove_sink_tokens(torch.tensor([.25, .5, .25]), hidden, 5.).tolist()
     [0.25, 0.0, 0.25]
