@@ -239,11 +239,15 @@ def ask_turns(m, rpn, picture, turns, mode, tau, limit):
     return result, time.perf_counter() - began
 
 
+def tau_for(args, q):
+    """--tau, else the question's own, else that of its kind; mode "plain" has no recipe."""
+    return args.tau or q.get("tau") or recipe_for(args.recipe or {}, q.get("kind")).get("tau", 0.15)
+
+
 def score(m, rpn, args, q, number, root):
     """One question, plain and two-stage -> a row of the file of answers."""
     limit = args.max_new_tokens or q.get("max_new_tokens", 128)
-    recipe = recipe_for(args.recipe or {}, q.get("kind"))
-    tau = args.tau or q.get("tau") or recipe.get("tau", 0.15)
+    tau = tau_for(args, q)
     row = {"n": number, "id": q.get("id"), "kind": q.get("kind", "all"), "cycle": q.get("cycle"),
            "answers": q["answers"]}
     picture = load_image(root / q["image"])
@@ -428,7 +432,7 @@ def work(args):
             print(json.dumps(summary))
         return
     warn_of_strangers(m, args.picture)
-    tau = args.tau or (args.recipe or {}).get("tau", 0.15)
+    tau = tau_for(args, {})
     if args.question is None:
         converse(m, rpn, args, tau)
     else:
