@@ -468,6 +468,7 @@ def child(argv, log, environment=None):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    train.ROOT = Path(log).parent  # what was trained last, for whoever uses this project, stays so
     train.main([str(a) for a in argv])
 
 
