@@ -210,6 +210,7 @@ class Embeddings(nn.Module):
         C, patch = config["hidden_size"], config["patch_size"]
         self.class_embedding = nn.Parameter(torch.zeros(C))
         self.patch_embedding = nn.Conv2d(3, C, patch, stride=patch, bias=False)
+        # zeros: drawing random numbers imports the compiler, a second, even where none are stored
         positions = torch.zeros((config["image_size"] // patch) ** 2 + 1, C)
         self.position_embedding = nn.Embedding.from_pretrained(positions, freeze=False)
 

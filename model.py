@@ -237,7 +237,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        # zeros: drawing random numbers imports the compiler, a second, even where none are stored
+        # zeros, as in clip.Embeddings
         words = torch.zeros(config["vocab_size"], config["hidden_size"])
         self.embed_tokens = nn.Embedding.from_pretrained(words, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config["num_hidden_layers"]))
