@@ -97,6 +97,7 @@ class Sample:
     pixels: torch.Tensor         # (3, H, W)
     on: torch.Tensor             # (h, w) bool, the cells that hold picture
     recipe: dict                 # for this kind of question
+    length: int = 0              # of its first prompt, in ids
     labels: torch.Tensor = None  # (n, N) int8 in {-1, 0, 1}
     responses: list = field(default_factory=list)  # n answers of the teacher
 
@@ -113,7 +114,8 @@ def read_sample(args, m, recipe, questions, number):
     pixels, letterbox = teacher_view(m, recipe, picture)
     on = letterbox.holds_picture()
     sample = Sample(number, q.get("id", number), q["question"], pixels, on, recipe)
-    m.check_length(len(sample.prompt(m, 0)) - 1 + on.numel() + args.max_new_tokens)
+    sample.length = len(sample.prompt(m, 0))
+    m.check_length(sample.length - 1 + on.numel() + args.max_new_tokens)
     return sample
 
 
@@ -136,7 +138,7 @@ def read_groups(args, m, recipe, questions, run):
         if known:
             sample.labels, sample.responses = run.labels.read(number)
         alone = number if len(sample.turns) > 1 else -1
-        key = len(sample.prompt(m, 0)), tuple(sample.pixels.shape), alone, str(sample.recipe)
+        key = sample.length, tuple(sample.pixels.shape), alone, str(sample.recipe)
         groups.setdefault(key, []).append(sample)
     most = min(args.teacher_batch, args.batch_size)
     for key in sorted(groups):

@@ -116,7 +116,7 @@ def ours(path):
 def may_import(path):
     """-> a function that says whether a file of the product may import a module of ours."""
     name = name_of(path)
-    network = {"data/toy/pretrain.py": {"model"}, "data/toy/lessons.py": {"sdrpn"}}  # they train the toy's network
+    network = {"data/toy/pretrain.py": {"model", "sdrpn"}}  # it trains the toy's
     data = {"clip", "data"} | network.get(name, set())
     below = {"clip.py": set(), "model.py": {"clip"}, "sdrpn.py": {"clip", "model"},
              "train.py": {"clip", "model", "sdrpn", "data"}, "infer.py": {"clip", "model", "sdrpn", "data"}}

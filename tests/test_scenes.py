@@ -49,7 +49,7 @@ def test_yes_and_no_are_equally_frequent_in_a_scenes_questions():
 @pytest.mark.parametrize("number", range(5))
 def test_a_masked_view_is_a_crop_inside_the_picture_that_keeps_a_part(number):
     scene, _ = scenes.make_question("test", number)
-    (x0, y0, x1, y1), keep = lessons.masked_view(scene, random.Random(number), scene.things[:1])
+    (x0, y0, x1, y1), keep = pretrain.masked_view(scene, random.Random(number), scene.things[:1])
     assert 0 <= x0 < x1 <= scene.image.width and 0 <= y0 < y1 <= scene.image.height
     assert keep.shape == (lessons.GRID ** 2,) and keep.any()
 

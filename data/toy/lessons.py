@@ -1,18 +1,15 @@
 """
 The lessons of pretrain.py: scenes, crowded scenes and pages as arrays on disk, CHUNK a file.
 
-    make_chunks(folder, 0, 28, 2)          # every second chunk, to be run in a process of its own
+    make_chunks(folder, 0, 28, 2, KINDS, cut)    # every second chunk, in a process of its own
     pool = Pool(folder, "scenes")
     batch = pool.sample(random.Random(0), 16)    # 16 times (chunk, row)
 
-A scene is stored as four views: the whole picture, two crops as Box Upscaling cuts them (Eq. 7),
-and one as Masked Upscaling does (Eq. 8), with the patches it keeps. The regions come from made-up
-maps: ragged blobs on the things that a question may name, and now and then a spot elsewhere, cut
-by the method's own find_regions().
+A scene is stored as four views: the whole picture, two crops, and one more with the patches that a
+mask keeps of it. Where these lie, pretrain.py says: cut(scene, rng).
 Shapes: n = CHUNK, S = SIDE px, g = GRID patches a side, N = g*g; boxes are half-open, in source px.
 """
 import json
-import math
 import os
 import random
 import sys
@@ -26,9 +23,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 import clip  # noqa: E402 (the project is on the path only now)
 import scenes  # noqa: E402
 from clip import preprocess, preprocess_crop  # noqa: E402
-from sdrpn import Letterbox, find_regions, kept_cells, union  # noqa: E402
 
 GRID, SIDE, CHUNK = 12, 168, 256
+KINDS = "scenes", "crowded", "pages"
 VIEWS = 4  # the whole picture, two crops, one crop that is masked
 CROPS = {"none": [0], "one": [0, 1], "two": [0, 1, 2], "masked": [0, 3]}  # views in one sequence
 FONT_PX, DOT_PX = (14, 48), (5, 15)  # larger than in the scenes asked about later: to learn reading
@@ -71,65 +68,6 @@ def whole(size):
     side = max(w, h)
     x, y = (side - w) // 2, (side - h) // 2
     return [-x, -y, side - x, side - y]
-
-
-# ------------------------------------------------------------------------------------------- crops
-
-def pick(scene, rng):
-    """What a crop is about: one thing, two near each other, or any two."""
-    pairs = scenes.near_pairs(scene.things, max(scene.image.size))
-    chance = rng.random()
-    if chance < 0.45 or (chance < 0.8 and not pairs):
-        return [rng.choice(scene.things)]
-    return list(rng.choice(pairs)) if chance < 0.8 else rng.sample(scene.things, 2)
-
-
-def loose_crop(scene, rng, named):
-    """The box around the things named with some margin; any rectangle if there are none."""
-    w, h = scene.image.size
-    if named:
-        x0, y0 = min(t.box[0] for t in named), min(t.box[1] for t in named)
-        x1, y1 = max(t.box[2] for t in named), max(t.box[3] for t in named)
-        margin = [rng.uniform(-8, 60) for _ in range(4)]
-        x0, y0, x1, y1 = x0 - margin[0], y0 - margin[1], x1 + margin[2], y1 + margin[3]
-    else:
-        cw, ch = rng.uniform(100, w), rng.uniform(100, h)
-        x0, y0 = rng.uniform(0, w - cw), rng.uniform(0, h - ch)
-        x1, y1 = x0 + cw, y0 + ch
-    return [max(0, int(x0)), max(0, int(y0)), min(w, math.ceil(x1)), min(h, math.ceil(y1))]
-
-
-def propose(scene, rng, named):
-    """Regions as an RPN might propose them: ragged blobs on the things named, at times a spot."""
-    p = torch.zeros(GRID, GRID)
-    for t in named:
-        cells = cells_over(whole(scene.image.size), t.box, rng.choice([0.0, 0.2, 0.5]))
-        strength, ragged = rng.uniform(0.3, 1), rng.choice([0.0, 0.2, 0.4])
-        for y, x in torch.from_numpy(cells).view(GRID, GRID).nonzero().tolist():
-            p[y, x] = strength if rng.random() >= ragged else 0.0
-    for _ in range(rng.choices([0, 1, 2], [0.5, 0.3, 0.2])[0]):
-        y, x = rng.randrange(GRID), rng.randrange(GRID)
-        p[y:y + rng.randint(1, 2), x:x + rng.randint(1, 2)] = rng.uniform(0.3, 1)
-    on = Letterbox(scene.image.size, GRID).holds_picture()
-    return find_regions(p.logit(1e-6), 0.15, on)
-
-
-def box_views(scene, rng, named):
-    """Two crops as Box Upscaling cuts them: the heaviest regions, any rectangle where one lacks."""
-    letterbox = Letterbox(scene.image.size, GRID)
-    best = sorted(propose(scene, rng, named), key=lambda r: -r.weight)[:2]
-    views = [list(letterbox.to_pixels(r.box)) for r in best]
-    return views + [loose_crop(scene, rng, []) for _ in range(2 - len(views))]
-
-
-def masked_view(scene, rng, named):
-    """One crop as Masked Upscaling cuts it, and which of its patches it keeps (N,)."""
-    regions = propose(scene, rng, named)
-    if not regions:
-        return loose_crop(scene, rng, named), np.ones(GRID * GRID, bool)
-    region = union(regions)
-    view = list(Letterbox(scene.image.size, GRID).to_pixels(region.box))
-    return view, kept_cells(region, (GRID, GRID)).flatten().numpy()
 
 
 # ----------------------------------------------------------------------------------- what is drawn
@@ -219,17 +157,13 @@ def write_chunk(path, arrays, questions):
     os.replace(partial, path)
 
 
-def make_scenes(path, seed, crowded):
+def make_scenes(path, seed, crowded, cut):
     """CHUNK scenes; a question is stored as [question, answer, numbers of its things, kind]."""
     arrays, questions = blank_chunk(), []
     for i in range(CHUNK):
         rng = random.Random(f"{seed}/{i}")
         scene = crowded_scene(rng) if crowded else scenes.make_scene(rng, FONT_PX, DOT_PX)
-        if rng.random() < 0.3:
-            crops = [loose_crop(scene, rng, [t]) for t in rng.sample(scene.things, 2)]
-        else:
-            crops = box_views(scene, rng, pick(scene, rng))
-        masked, arrays["keep"][i, 3] = masked_view(scene, rng, pick(scene, rng))
+        crops, masked, arrays["keep"][i, 3] = cut(scene, rng)
         for v, view in enumerate([whole(scene.image.size), *crops, masked]):
             if v == 0:
                 pixels = preprocess(scene.image, SIDE)
@@ -261,7 +195,7 @@ def make_pages(path, seed):
     write_chunk(path, arrays, [])
 
 
-def make_chunks(folder, first, count, stride, kinds=("scenes", "crowded", "pages")):
+def make_chunks(folder, first, count, stride, kinds, cut):
     """Chunks first, first + stride, .. below count (of pages 30 at most) that are not there yet."""
     os.nice(5)
     torch.set_num_threads(1)
@@ -273,9 +207,9 @@ def make_chunks(folder, first, count, stride, kinds=("scenes", "crowded", "pages
             if kind == "pages":
                 make_pages(path, f"page/{n}")
             elif kind == "crowded":
-                make_scenes(path, f"crowded/{n}", crowded=True)
+                make_scenes(path, f"crowded/{n}", crowded=True, cut=cut)
             else:
-                make_scenes(path, f"pairs/{n}", crowded=False)
+                make_scenes(path, f"pairs/{n}", crowded=False, cut=cut)
 
 
 # ------------------------------------------------------------------------------------ chunks read
@@ -308,7 +242,7 @@ def keep_cores(classes):
 
 
 class Pool:
-    """Chunks of one kind ("scenes", "crowded", "pages"); the first is for validation."""
+    """Chunks of one of KINDS; the first is for validation."""
 
     def __init__(self, folder, kind):
         self.chunks = []

@@ -41,6 +41,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 import torch
 import torch.nn as nn
@@ -53,8 +54,10 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
 import lessons  # noqa: E402 (the project is on the path only now)
 import scenes  # noqa: E402
-from lessons import CLASSES, CROPS, GRID, SIDE, VIEWS, Pool, stored, to_pixels  # noqa: E402
+from lessons import (CLASSES, CROPS, GRID, SIDE, VIEWS, Pool, cells_over, stored,  # noqa: E402
+                     to_pixels, whole)
 from model import SYSTEM, LLaVA, rope_table, rotate  # noqa: E402
+from sdrpn import Letterbox, find_regions, kept_cells, union  # noqa: E402
 
 N = GRID * GRID
 TOWER = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
@@ -114,6 +117,74 @@ def train_tokenizer(path):
         add_dummy_prefix=True, remove_extra_whitespaces=False, character_coverage=1.0,
         unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
     path.write_bytes(model.getvalue())
+
+
+# -------------------------------------------------------------------- crops as the method cuts them
+
+def pick(scene, rng):
+    """What a crop is about: one thing, two near each other, or any two."""
+    pairs = scenes.near_pairs(scene.things, max(scene.image.size))
+    chance = rng.random()
+    if chance < 0.45 or (chance < 0.8 and not pairs):
+        return [rng.choice(scene.things)]
+    return list(rng.choice(pairs)) if chance < 0.8 else rng.sample(scene.things, 2)
+
+
+def loose_crop(scene, rng, named):
+    """The box around the things named with some margin; any rectangle if there are none."""
+    w, h = scene.image.size
+    if named:
+        x0, y0 = min(t.box[0] for t in named), min(t.box[1] for t in named)
+        x1, y1 = max(t.box[2] for t in named), max(t.box[3] for t in named)
+        margin = [rng.uniform(-8, 60) for _ in range(4)]
+        x0, y0, x1, y1 = x0 - margin[0], y0 - margin[1], x1 + margin[2], y1 + margin[3]
+    else:
+        cw, ch = rng.uniform(100, w), rng.uniform(100, h)
+        x0, y0 = rng.uniform(0, w - cw), rng.uniform(0, h - ch)
+        x1, y1 = x0 + cw, y0 + ch
+    return [max(0, int(x0)), max(0, int(y0)), min(w, math.ceil(x1)), min(h, math.ceil(y1))]
+
+
+def propose(scene, rng, named):
+    """Regions as an RPN might propose them: ragged blobs on the things named, at times a spot."""
+    p = torch.zeros(GRID, GRID)
+    for t in named:
+        cells = cells_over(whole(scene.image.size), t.box, rng.choice([0.0, 0.2, 0.5]))
+        strength, ragged = rng.uniform(0.3, 1), rng.choice([0.0, 0.2, 0.4])
+        for y, x in torch.from_numpy(cells).view(GRID, GRID).nonzero().tolist():
+            p[y, x] = strength if rng.random() >= ragged else 0.0
+    for _ in range(rng.choices([0, 1, 2], [0.5, 0.3, 0.2])[0]):
+        y, x = rng.randrange(GRID), rng.randrange(GRID)
+        p[y:y + rng.randint(1, 2), x:x + rng.randint(1, 2)] = rng.uniform(0.3, 1)
+    on = Letterbox(scene.image.size, GRID).holds_picture()
+    return find_regions(p.logit(1e-6), 0.15, on)
+
+
+def box_views(scene, rng, named):
+    """Two crops as Box Upscaling cuts them: the heaviest regions, any rectangle where one lacks."""
+    letterbox = Letterbox(scene.image.size, GRID)
+    best = sorted(propose(scene, rng, named), key=lambda r: -r.weight)[:2]
+    views = [list(letterbox.to_pixels(r.box)) for r in best]
+    return views + [loose_crop(scene, rng, []) for _ in range(2 - len(views))]
+
+
+def masked_view(scene, rng, named):
+    """One crop as Masked Upscaling cuts it, and which of its patches it keeps (N,)."""
+    regions = propose(scene, rng, named)
+    if not regions:
+        return loose_crop(scene, rng, named), np.ones(GRID * GRID, bool)
+    region = union(regions)
+    view = list(Letterbox(scene.image.size, GRID).to_pixels(region.box))
+    return view, kept_cells(region, (GRID, GRID)).flatten().numpy()
+
+
+def cut(scene, rng):
+    """-> two crops for a lesson, one that is masked, and which of its patches it keeps (N,)."""
+    if rng.random() < 0.3:
+        crops = [loose_crop(scene, rng, [thing]) for thing in rng.sample(scene.things, 2)]
+    else:
+        crops = box_views(scene, rng, pick(scene, rng))
+    return crops, *masked_view(scene, rng, pick(scene, rng))
 
 
 # ------------------------------------------------------------------------------------------- tower
@@ -635,7 +706,7 @@ def main():
     args = parser.parse_args()
     (args.work / "chunks").mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(os.cpu_count())
-    phases, kinds = list(PHASES), ["scenes", "crowded", "pages"]
+    phases, kinds = list(PHASES), lessons.KINDS
     if args.start:
         phases, kinds = phases[2:], kinds[:1]
         (args.work / "tokenizer.model").write_bytes((args.start / "tokenizer.model").read_bytes())
@@ -643,7 +714,7 @@ def main():
         for phase in PHASES.values():
             phase.steps = args.steps
     makers = [multiprocessing.Process(target=lessons.make_chunks,
-                                      args=(args.work / "chunks", k, args.chunks, 2, kinds))
+                                      args=(args.work / "chunks", k, args.chunks, 2, kinds, cut))
               for k in range(2)]
     for maker in makers:
         maker.start()
@@ -652,7 +723,7 @@ def main():
     llava, heads = build(args.work), Heads()
     if args.start:
         llava.load_state_dict(LLaVA.load(args.start, "cpu", "float32").state_dict())
-    pools = [Pool(args.work / "chunks", kind) for kind in ("scenes", "crowded", "pages")]
+    pools = [Pool(args.work / "chunks", kind) for kind in lessons.KINDS]
     print(f"{sum(p.numel() for p in llava.parameters()) / 1e6:.2f} million parameters", flush=True)
     with open(args.work / "pretrain.log", "a") as log:
         if args.start:
