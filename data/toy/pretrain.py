@@ -1,6 +1,6 @@
 """
 The program that trained data/toy/llava-toy, a LLaVA-1.5 of 3.6 million parameters: one command,
-two hours on 2 cores.
+an hour and a half on 2 cores.
 
     python data/toy/pretrain.py                  # the same command again goes on where it was
     python data/toy/pretrain.py --start FOLDER   # a finished toy: its last three phases alone
