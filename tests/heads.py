@@ -25,7 +25,7 @@ from model import KVCache, next_position  # noqa: E402 (the project is on the pa
 from sdrpn import assign_labels, bounding_cells, response_attention, teacher_question, teacher_view  # noqa: E402
 
 LONG = 1.5  # times the median norm: a sink, where it is only to be counted
-CONSTANTS = (None, 10.0, 6.0, 4.0, 3.0, 2.5, 2.0, 1.7, 1.5, 1.3)  # c of the sink criterion that are tried; None: no sink
+CONSTANTS = (None, 10.0, 6.0, 4.0, 3.0, 2.5, 2.0, 1.7, 1.5, 1.3)  # c of the sink criterion to try; None: no sink
 
 
 @dataclass
