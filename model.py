@@ -697,7 +697,7 @@ def load(path_or_name, device=None, dtype=None):
     try:
         with torch.device("meta"):  # sizes only: no memory until a tensor is read
             m = family(config, tokenizer)
-    except RuntimeError as e:  # a tensor of more bytes than can be counted
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as e:
         raise BadInput(f"{folder / 'config.json'}: sizes that make no model ({str(e)[:80]}); "
                        "download it again") from None
     where = match_keys(folder, m, shards)
@@ -726,7 +726,7 @@ def read_family(folder):
         raise BadInput(f"{path}: quantised weights (AWQ, GPTQ, bitsandbytes) are not read; "
                        "use the float16 or bfloat16 checkpoint")
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         if "mm_vision_tower" in config:
             kind = "llava"  # the original layout: LLaVA says what to use instead
         else:

@@ -212,6 +212,7 @@ FIRST, SECOND = "model-00001-of-00003.safetensors", "model-00002-of-00003.safete
     (replace("config.json", b"[1]"), "config.json", "not a JSON object"),
     (replace("config.json", b"[" * 100_000), "config.json", "not readable as JSON"),
     (change_config(model_type="llava_next"), "config.json", "model_type is 'llava_next', not one of llava, "),
+    (change_config(model_type=["llava"]), "config.json", r"model_type is \['llava'\], not one of llava, "),
     (change_config(mm_vision_tower="openai/clip-vit-large-patch14-336"), "config.json",
      "original LLaVA layout; .*llava-hf/llava-1.5-7b-hf"),
     (change_config(text_config__num_hidden_layers=3), "", "0 tensors missing, 9 unknown; first unknown: .*layers.3"),
