@@ -25,11 +25,11 @@ import torch
 from clip import FORMATS, BadInput, load_image, printable
 from data import draw, metrics
 from data.files import read_rows, write_text
+from data.program import run_program, say
 from data.questions import read_questions
-from data.run import first_to_fail, say
 from data.toy.scenes import SIZES
 from model import (KNOWN, ROOT, compile_decode, digest_file, find_checkpoint, load,
-                   read_family, read_json, run_name)
+                   read_json, run_name)
 from sdrpn import RPN, Letterbox, answer, load_recipe, recipe_for, smooth, teach_one
 
 SMALL = 1 << 26  # parameters; a model below this answers fastest on one thread of a CPU
@@ -44,7 +44,6 @@ def choose(args):
         ckpt, path = trained_last()
     ckpt = ckpt or "toy"
     folder = find_checkpoint(ckpt)
-    read_family(folder)  # a folder that is no checkpoint is not told to train an RPN
     recipe = None
     if args.mode != "plain":
         recipe = load_recipe(folder)
@@ -133,7 +132,7 @@ def check_question(text):
 def respond(m, rpn, args, tau, question, history):
     """Answer one question, save its picture, print -> the answer's text."""
     limit = args.max_new_tokens or 128
-    result = answer(m, rpn, args.picture, check_question(question), args.mode, tau, limit, history)
+    result = answer(m, rpn, args.picture, question, args.mode, tau, limit, history)
     began, plain = time.perf_counter(), result.text
     if result.boxes:  # the picture shows both answers
         plain = m.generate(args.picture, question, limit, history)
@@ -186,16 +185,12 @@ def converse(m, rpn, args, tau):
         line = sys.stdin.readline().strip()
         if not line:
             return
-        history.append((line, respond(m, rpn, args, tau, line, history)))
+        history.append((line, respond(m, rpn, args, tau, check_question(line), history)))
 
 
 def warn_of_strangers(m, picture):
-    """The toy knows nothing but its own scenes; its recipe says so."""
-    try:
-        source = read_json(m.folder / "recipe.json")["train"]["data"]
-    except (BadInput, KeyError, TypeError):  # --mode plain needs no recipe
-        return
-    if source == "toy scenes" and picture.size not in SIZES:
+    """The toy knows nothing but its own scenes."""
+    if m.folder.resolve() == find_checkpoint("toy") and picture.size not in SIZES:
         say("note: the toy knows only its own scenes (data/toy/scenes.py makes more); of another "
             "picture it can say nothing sensible. A real model: --ckpt llava-1.5-7b")
 
@@ -219,13 +214,12 @@ def explain(m, args, question, history, result, plain, tau):
     picture, limit = args.picture, args.max_new_tokens or 128
     steps = teach_one(m, recipe_for(args.recipe, None), picture, question, limit, history)
     view, p = Letterbox.of(m, picture), result.logits.sigmoid()
-    steps |= {
-        "picture": picture, "letterbox": view, "rpn": p.numpy(),
-        "smoothed": smooth(p * view.holds_picture()).numpy(), "tau": tau,
-        "regions": [region.box for region in result.regions], "boxes": result.boxes,
-        "crops": crops_of(picture, result), "question": question, "plain": plain,
-        "two_stage": result.text, "mode": args.mode}
-    return draw.explain_picture(steps)
+    return draw.explain_picture(draw.Steps(
+        **steps, picture=picture, letterbox=view, rpn=p.numpy(), tau=tau,
+        smoothed=smooth(p * view.holds_picture()).numpy(),
+        regions=[region.box for region in result.regions], boxes=result.boxes,
+        crops=crops_of(picture, result), question=question, plain=plain, two_stage=result.text,
+        mode=args.mode))
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -307,7 +301,9 @@ def evaluate(m, rpn, args):
         say(f"going on: {done} of {len(questions)} questions are scored in {path}; "
             "--fresh scores them again")
     todo = [i for i in range(len(questions)) if i not in rows][rank::world]
-    own, began = part(path, rank, world), time.time()
+    own, began = path, time.time()
+    if world > 1:
+        own = path.with_name(f"{name}.{rank}of{world}.jsonl")
     with open(own, "a", encoding="utf-8") as file:
         for count, i in enumerate(todo, 1):
             try:
@@ -326,15 +322,10 @@ def evaluate(m, rpn, args):
     try:
         rows = [rows[i] for i in range(len(questions))]
         return metrics.side_by_side(rows, questions, say, m.config)
-    except (KeyError, TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError):
         if len(todo) == len(questions):
             raise
         raise BadInput(f"{path}: what an earlier run scored is damaged; use --fresh") from None
-
-
-def part(path, rank, world):
-    """Where one of several processes writes its rows."""
-    return path if world == 1 else path.with_name(f"{path.stem}.{rank}of{world}.jsonl")
 
 
 def gather(path, fresh, world, rank):
@@ -362,7 +353,8 @@ def gather(path, fresh, world, rank):
 # ------------------------------------------------------------------------------------ command line
 
 def parser():
-    p = argparse.ArgumentParser(description="Answer questions about an image, looking twice.")
+    p = argparse.ArgumentParser(
+        "infer.py", description="Answer questions about an image, looking twice.")
     add = p.add_argument
     add("image", nargs="?", help=f"{', '.join(FORMATS)}; - reads it from stdin")
     add("question", nargs="*", help="in quotes; leave it out to ask one question after the other")
@@ -410,6 +402,8 @@ def check_flags(args):
             raise BadInput(f"--{flag}: belongs to --eval FILE; leave it out")
     if args.explain and (args.mode == "plain" or args.eval):
         raise BadInput("--explain shows the method: leave out --mode plain and --eval")
+    if args.explain and args.compile:
+        raise BadInput("--explain keeps what a compiled step would write over: leave out --compile")
     if args.image in ("-", "/dev/stdin") and args.question is None:
         raise BadInput("the image comes from stdin, so the question must be on the command line")
     if args.save:
@@ -418,7 +412,16 @@ def check_flags(args):
         draw.use_font(args.font)
 
 
+def join_processes(args):
+    """With torchrun: meet the others, each on a GPU of its own. A process may wait long for one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        if torch.cuda.is_available() and not args.device:
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+
+
 def work(args):
+    join_processes(args)
     check_flags(args)
     args.picture = None
     if args.image:
@@ -440,40 +443,8 @@ def work(args):
 
 
 def main(argv=None):
-    p = parser()
-    p.error = lambda message: fail(f"{message}; see python infer.py --help")
-    args = p.parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-        if torch.cuda.is_available() and not args.device:
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        work(args)
-    except (BadInput, FloatingPointError) as e:
-        fail(e)
-    except (torch.OutOfMemoryError, MemoryError):
-        fail("out of memory; use --dtype float16, lower --max-new-tokens, or --device cpu")
-    except OSError as e:
-        fail(f"{e.filename or 'output'}: {e.strerror or e}; "
-             "check the path, the rights and the free space")
-    except UnicodeError as e:
-        fail(f"stdin or stdout can not hold this text ({e}); set PYTHONIOENCODING=utf-8")
-    except KeyboardInterrupt:
-        fail("stopped; with --eval the same command goes on", 130)
-    except RuntimeError:
-        if not first_to_fail():  # a process that lost its partner
-            sys.exit(1)
-        raise
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-def fail(message, code=2):
-    """One line on stderr, from one process."""
-    if first_to_fail():
-        print("infer.py:", str(BadInput(message)), file=sys.stderr)
-    sys.exit(code)
+    run_program(parser(), work, argv, again="with --eval the same command goes on",
+                memory="use --dtype float16, lower --max-new-tokens, or --device cpu")
 
 
 if __name__ == "__main__":

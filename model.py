@@ -55,7 +55,7 @@ FAMILIES = {
 TEXT_DEFAULTS = dict(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
     rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=2048, vocab_size=32000)
-VISION_DEFAULTS = dict(
+VISION_SIZES = dict(
     hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
     image_size=224, patch_size=32)
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -209,12 +209,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, bias=False):
         super().__init__()
         D, inner = config["hidden_size"], config["intermediate_size"]
-        self.gate_proj = nn.Linear(D, inner, bias=False)
-        self.up_proj = nn.Linear(D, inner, bias=False)
-        self.down_proj = nn.Linear(inner, D, bias=False)
+        self.gate_proj = nn.Linear(D, inner, bias)
+        self.up_proj = nn.Linear(D, inner, bias)
+        self.down_proj = nn.Linear(inner, D, bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -247,7 +247,7 @@ class Decoder(nn.Module):
 class Projector(nn.Module):
     """CLIP features (b, n, C) -> the decoder's input space (b, n, D)."""
 
-    def __init__(self, C, D, bias=True):
+    def __init__(self, C, D, bias):
         super().__init__()
         self.linear_1, self.linear_2 = nn.Linear(C, D, bias=bias), nn.Linear(D, D, bias=bias)
 
@@ -284,6 +284,7 @@ class LLaVA(nn.Module):
     def build_tower(self):
         vision = self.config["vision"]
         self.vision_tower = CLIPVision(vision)
+        self.grid = self.vision_tower.grid, self.vision_tower.grid
         self.multi_modal_projector = Projector(
             vision["hidden_size"], self.config["hidden_size"], self.config["projector_bias"])
 
@@ -345,11 +346,11 @@ class LLaVA(nn.Module):
 
     def token_grid(self, pixels):
         """Image tokens (h, w) of pixels (..., 3, S, S), be they of a picture or of a crop."""
-        return self.vision_tower.grid, self.vision_tower.grid
+        return self.grid
 
     def grid_of(self, picture):
         """token_grid of the whole picture, without its pixels."""
-        return self.vision_tower.grid, self.vision_tower.grid
+        return self.grid
 
     def frame(self, picture_size):
         """(w, h) in source pixels of what the grid covers, centred on the picture.
@@ -517,16 +518,10 @@ class LLaVA(nn.Module):
         Raises BadInput on what is nonsense, or not LLaVA-1.5.
         """
         path = folder / "config.json"
-        if "mm_vision_tower" in config or "mm_projector_type" in config:
-            raise BadInput(f"{path}: a checkpoint in the original LLaVA layout; use the same "
-                           f"model as {KNOWN['llava-1.5-7b']} or {KNOWN['llava-1.5-13b']}")
-        given_vision = config.get("vision_config") or {}
+        vision = config.get("vision_config") or VIT_L_14_336
         text = read_text_sizes(path, config.get("text_config") or {}, TEXT_DEFAULTS)
-        if not isinstance(given_vision, dict):
-            raise BadInput(f"{path}: vision_config must be an object; download it again")
-        vision = VISION_DEFAULTS | given_vision if given_vision else VIT_L_14_336
-        vision = {"layer_norm_eps": 1e-5} | vision
-        check_whole(path, vision, *VISION_DEFAULTS)
+        vision = VISION_SIZES | {"layer_norm_eps": 1e-5} | vision
+        check_whole(path, vision, *VISION_SIZES)
         check_number(path, vision, "layer_norm_eps")
         layers, feature = vision["num_hidden_layers"], config.get("vision_feature_layer", -2)
         refuse(path, [
@@ -655,10 +650,7 @@ def refuse(path, faults):
 
 def read_text_sizes(path, given, defaults):
     """A LLaMA decoder's sizes, by config.json's names -> dict with every key that Block reads."""
-    rope = given.get("rope_parameters") or {} if isinstance(given, dict) else None
-    if not isinstance(rope, dict):  # newer files nest rope_theta there
-        raise BadInput(f"{path}: text_config and rope_parameters must be objects; "
-                       "download it again")
+    rope = given.get("rope_parameters") or {}  # newer files nest rope_theta there
     text = defaults | {key: value for key, value in (given | rope).items() if value is not None}
     text.setdefault("num_key_value_heads", text.get("num_attention_heads"))
     check_whole(path, text, "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -677,8 +669,7 @@ def read_text_sizes(path, given, defaults):
         (text["head_dim"] % 2 != 0, "head_dim must be even")])
     # LLaVA's: no biases on q, k, v; the RPN's score layer reads normed states (Eq. 4), and its own
     # q and k are not rotated (Eq. 5); no sections for rope_table: a position is one number.
-    flags = dict(qkv_bias=False, final_norm=True, score_rope=False, mrope_section=None)
-    return text | flags
+    return text | dict(qkv_bias=False, final_norm=True, score_rope=False, mrope_section=None)
 
 
 # ----------------------------------------------------------------------------------------- loading
@@ -725,20 +716,25 @@ def read_family(folder):
     if config.get("quantization_config"):
         raise BadInput(f"{path}: quantised weights (AWQ, GPTQ, bitsandbytes) are not read; "
                        "use the float16 or bfloat16 checkpoint")
+    if "mm_vision_tower" in config or "mm_projector_type" in config:
+        raise BadInput(f"{path}: a checkpoint in the original LLaVA layout; use the same model as "
+                       f"{KNOWN['llava-1.5-7b']} or {KNOWN['llava-1.5-13b']}")
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        if "mm_vision_tower" in config:
-            kind = "llava"  # the original layout: LLaVA says what to use instead
-        else:
-            raise BadInput(f"{path}: model_type is {kind!r}, not one of {', '.join(FAMILIES)}; "
-                           f"see --help for the names of checkpoints")
+        raise BadInput(f"{path}: model_type is {kind!r}, not one of {', '.join(FAMILIES)}; "
+                       f"see --help for the names of checkpoints")
     module, name = FAMILIES[kind]
     try:
-        family = LLaVA if kind == "llava" else getattr(importlib.import_module(module), name)
+        family = getattr(importlib.import_module(module), name)
     except ImportError:
         raise BadInput(f"{path}: a {kind} model needs {module.replace('.', '/')}.py "
                        "beside model.py; copy it there") from None
-    return family, family.read_config(folder, config) | {"model_type": kind}
+    try:
+        sizes = family.read_config(folder, config)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:  # a list for a dict, ...
+        raise BadInput(f"{path}: not what a {kind} model has ({type(e).__name__}: {str(e)[:80]}); "
+                       "download it again") from None
+    return family, sizes | {"model_type": kind}
 
 
 def explain_folder(folder):
@@ -807,13 +803,13 @@ def open_shards(folder):
     """All safetensors files of a checkpoint -> {file name: opened file}; no weight is read yet."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        named = weight_map.values() if isinstance(weight_map, dict) else [None]
-        if not all(isinstance(name, str) for name in named):
-            raise BadInput(f"{index}: no weight_map of file names; download it again")
-        names = sorted(set(named))
-        if any(Path(name).name != name for name in names):
-            raise BadInput(f"{index}: names a file outside the folder; download it again")
+        try:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            inside = all(Path(name).name == name for name in names)
+        except (AttributeError, KeyError, TypeError):
+            inside = False
+        if not inside:
+            raise BadInput(f"{index}: no weight_map of files in this folder; download it again")
     elif single.is_file():
         names = [single.name]
     else:

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from clip import BadInput, pad_to_square
-from model import (Block, Crop, KVCache, RMSNorm, next_position, open_safetensors, open_shards,
-                   read_family, read_json, rotate, wider)
+from model import (Attention, Block, Crop, KVCache, RMSNorm, next_position, open_safetensors,
+                   open_shards, read_family, read_json, rotate, wider)
 
 
 # ----------------------------------------------------------------------- 1. teacher: pseudo-labels
@@ -70,7 +70,8 @@ def teach(m, recipe, pixels, prompts, max_new_tokens=128):
     by_attention = sink is not None and sink["kind"] == "attention"
     sink_heads = head_lists(m, sink["attention"]) if by_attention else {}
     cache.queries = {layer: [] for layer in {*attention, *sink_heads}}
-    answers = m.decode(after[m.depth][:, -1], cache, T, max_new_tokens)  # line 6
+    # Line 6; 7 and 8 come with it: decoding feeds the answer back, and keeps its q and all k.
+    answers = m.decode(after[m.depth][:, -1], cache, T, max_new_tokens)
 
     counts = [min(len(ids), max_new_tokens - 1) for ids in answers]  # rows of each sample
     # Lines 9-10, where the recipe says "image"; the released LLaVA recipes say "sequence".
@@ -214,18 +215,16 @@ def assign_labels(roi_map, grid, tau_fg=0.2, tau_bg=0.1, max_box_fraction=0.5, g
     [[1, -1, 1], [-1, 0, 0], [0, 0, 0]]
     """
     h, w = as_pair(grid)
-    a = roi_map.unflatten(-1, (h, w))  # (..., h, w)
-    if on is not None:
-        a = a * on.to(a.device)
+    on = torch.ones(h, w, dtype=torch.bool) if on is None else on
+    on = on.to(roi_map.device)
+    a = roi_map.unflatten(-1, (h, w)) * on  # (..., h, w)
     peak = a.amax((-2, -1), keepdim=True)
     fg = (a >= tau_fg * peak) & (peak > 0)
     inside = bounding_cells(fg)
     if grow:
         wide = F.max_pool2d(inside.reshape(-1, 1, h, w).float(), 2 * grow + 1, 1, grow)
         inside = wide.view(inside.shape) > 0
-    bg = ~inside & (a <= tau_bg * peak)
-    if on is not None:
-        bg = bg | ~on.to(a.device)
+    bg = ~on | ~inside & (a <= tau_bg * peak)
     labels = torch.full(a.shape, -1, dtype=torch.int64, device=a.device)
     labels[bg] = 0
     labels[fg] = 1
@@ -257,9 +256,7 @@ class ScoreLayer(nn.Module):
         self.self_attn.q_proj = nn.Linear(D, config["num_attention_heads"] * self.d, bias=bias)
         self.self_attn.k_proj = nn.Linear(D, config["num_key_value_heads"] * self.d, bias=bias)
 
-    def split(self, x):
-        """(b, t, heads * d) -> (b, heads, t, d)"""
-        return x.unflatten(-1, (-1, self.d)).transpose(1, 2)
+    split = Attention.split  # (b, t, heads * d) -> (b, heads, t, d)
 
     def forward(self, queries, image, query_rope, image_rope):
         """Eq. 5, per head: (b, n, D) and (b, N, D), after twig_norm -> scores (b, H, n, N).
@@ -294,10 +291,8 @@ class RPN(nn.Module):
         self.frozen, self.path = frozen, None
         blocks = [Block(config) for _ in range(layers - 1)]
         self.twig_layers = nn.ModuleList([*blocks, ScoreLayer(config)])
-        if config["final_norm"]:
-            self.twig_norm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
-        else:
-            self.twig_norm = nn.Identity()
+        norm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
+        self.twig_norm = norm if config["final_norm"] else nn.Identity()
 
     def score(self, hidden, columns, rows, rope):
         """Eq. 3-5: hidden states after the frozen layers (b, T, D) -> scores (b, H, n, N).
@@ -419,8 +414,7 @@ def conversation(m, turns, responses, grid):
                                                         ^ row 1                            row 2 ^
     The decoder is causal: row 1 sees nothing of turn 2, so one pass teaches all turns (Eq. 4).
     """
-    histories = [list(zip(turns[:n], responses)) for n in range(len(turns))]
-    prompts = [m.prompt_ids(turn, history) for turn, history in zip(turns, histories)]
+    prompts = [m.prompt_ids(turn, zip(turns[:n], responses)) for n, turn in enumerate(turns)]
     N = grid[0] * grid[1]  # each prompt's last index, moved by the N-1 ids that the image gains
     return prompts[-1], [len(ids) - 1 + N - 1 for ids in prompts]
 
@@ -477,7 +471,6 @@ def answer(m, rpn, picture, question, mode="mask", tau=0.15, max_new_tokens=128,
     clock, B = Clock(m.device), rpn.frozen if rpn is not None else 0
     pixels, prompts = m.pixels(picture)[None], [m.prompt_ids(question, history)]
     letterbox = Letterbox.of(m, picture)
-    grid = letterbox.grid
     embeds, columns, positions = m.prepare(prompts, pixels)  # (1, T, D)
     T, P = embeds.shape[1], columns.stop  # of these, P are [system][image]
     rope = m.rope(positions)
@@ -487,7 +480,7 @@ def answer(m, rpn, picture, question, mode="mask", tau=0.15, max_new_tokens=128,
 
     hidden, logits = m.run(embeds, 0, B, rope, cache), None  # (1, T, D)
     if regions is None:
-        logits = rpn.logits(hidden, columns, rope, grid)  # (h, w)
+        logits = rpn.logits(hidden, columns, rope, letterbox.grid)  # (h, w)
         clock.lap("rpn")
         regions = find_regions(logits, tau, letterbox.holds_picture())
     clock.lap("regions")
@@ -655,7 +648,7 @@ class Clock:
 
     def lap(self, name):
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         self.ms[name] = round(1000 * (now - self.last), 3)
         self.last = now
@@ -808,10 +801,10 @@ def recipe_faults(recipe, depth, heads):
         return type(v) is int and low <= v <= high
 
     def pairs(v):
-        every = [head for chosen in v.values() if chosen is not None for head in chosen]
-        return (len(v) > 0 and [] not in v.values()
-                and all(int(layer) in range(depth) for layer in v)
-                and all(whole(head, 0, heads - 1) for head in every))
+        lists = [chosen for chosen in v.values() if chosen is not None]
+        return (len(v) > 0 and all(int(layer) in range(depth) for layer in v)
+                and all(type(chosen) is list and chosen for chosen in lists)
+                and all(whole(head, 0, heads - 1) for chosen in lists for head in chosen))
 
     def sink(v):
         if v is None or v["kind"] == "norm":

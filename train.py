@@ -6,7 +6,8 @@ Images + questions -> an RPN, distilled from the model's own attention: Algorith
     torchrun --nproc_per_node 4 train.py --ckpt llava-1.5-7b
 
 A run may be stopped at any moment; the same command goes on. Everything lands in out/<ckpt name>/
-(--out). No box and no answer of the data is used. The numbers in train() are the lines of Alg. 1.
+(--out). No box and no answer of the data is used. The numbers in train() are the lines of Alg. 1's
+listing (the paper's text counts its two halves otherwise).
 Left out: callbacks, mixed data sets, and evaluation beyond the toy, which infer.py --eval does.
 Shapes: b samples of a group, n turns, T tokens, N = h*w image tokens, D hidden width, H heads.
 """
@@ -17,7 +18,6 @@ import math
 import os
 import random
 import shlex
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,8 +30,9 @@ import torch.distributed as dist
 from clip import BadInput, load_image
 from data import draw, metrics
 from data.files import write_text
+from data.program import run_program, say
 from data.questions import read_questions
-from data.run import Run, Tally, first_to_fail, say
+from data.run import Run, Tally
 from data.toy.scenes import ToyQuestions
 from model import KNOWN, ROOT, find_checkpoint, load, read_json, run_name, wider
 from sdrpn import (RPN, Letterbox, Region, answer, check_depth, conversation, load_recipe,
@@ -59,12 +60,14 @@ def train(args, m, recipe, questions, run):
         tally, made = Tally(), {}
         optimizer.zero_grad(set_to_none=True)
         for group in read_groups(args, m, recipe, questions, run):  # 4: (x_v, x_t) of D
-            with naming(step, group, run):
+            with naming(group, run):
                 student = None
                 if group[0].labels is None:
                     student = label(args, m, group)  # 6-12: the teacher
                     made |= {sample.number: (sample.labels, sample.responses) for sample in group}
-                hidden, columns, rows, rope = student or frozen_pass(m, B, group)
+                if student is None:  # the labels were on disk, or the student is asked otherwise
+                    student = frozen_pass(m, B, group)  # 15: layers 1..B
+                hidden, columns, rows, rope = student
                 labels = torch.stack([sample.labels for sample in group]).to(m.device)  # (b, n, N)
                 with autocast(m):
                     scores = rpn.score(hidden.to(wider(m.dtype)), columns, rows, rope)  # 15-17
@@ -72,11 +75,11 @@ def train(args, m, recipe, questions, run):
                 loss.backward()
                 tally.add(count(loss, labels))
         run.keep(made)
-        tally = run.reduce(tally, rpn)
+        tally = run.reduce(tally)
         lr = learning_rate(args.lr, training["warmup"], step, run.total_steps)
         if tally.labelled:
             for p in rpn.parameters():
-                p.grad /= tally.labelled  # of the whole step, on all processes
+                p.grad /= tally.labelled  # 18: the mean, over the whole step on all processes
             norm = torch.nn.utils.clip_grad_norm_(rpn.parameters(), training["clip"])
             check_finite(norm, f"step {step}: gradient norm {norm.item()}; {TOO_FAR}")
             optimizer.param_groups[0]["lr"] = lr
@@ -122,7 +125,7 @@ def read_sample(args, m, recipe, questions, number):
 def read_groups(args, m, recipe, questions, run):
     """This process's samples of the step, in groups that the model can take together.
 
-    They share prompt length, grid and recipe; a conversation is alone, since its answers differ in
+    They share prompt lengths, grid and recipe; a conversation is alone, since its answers differ in
     length. The samples have their labels if those of all are on disk.
     """
     numbers, groups = run.share(run.step), {}
@@ -138,7 +141,8 @@ def read_groups(args, m, recipe, questions, run):
         if known:
             sample.labels, sample.responses = run.labels.read(number)
         alone = number if len(sample.turns) > 1 else -1
-        key = sample.length, tuple(sample.pixels.shape), alone, str(sample.recipe)
+        students = len(m.prompt_ids(sample.turns[0]))  # differs, if the teacher is asked for a box
+        key = sample.length, students, tuple(sample.pixels.shape), alone, str(sample.recipe)
         groups.setdefault(key, []).append(sample)
     most = min(args.teacher_batch, args.batch_size)
     for key in sorted(groups):
@@ -156,8 +160,7 @@ def label(args, m, group):
     labels = []
     for turn in range(len(group[0].turns)):
         prompts = [sample.prompt(m, turn) for sample in group]
-        longest = max(map(len, prompts)) - 1 + group[0].on.numel()
-        m.check_length(longest + args.max_new_tokens)
+        m.check_length(len(prompts[0]) - 1 + group[0].on.numel() + args.max_new_tokens)
         lesson = teach(m, recipe, pixels, prompts, args.max_new_tokens)  # 6-11
         check_finite(lesson.raw, "attention is not finite; likely the dtype: try --dtype float32")
         labels.append(targets(lesson, group))  # 12: (b, N)
@@ -224,13 +227,13 @@ def check_finite(value, message):
 
 
 @contextlib.contextmanager
-def naming(step, group, run):
+def naming(group, run):
     """Errors say which samples they are about; a conversation that outgrew the model is skipped."""
     try:
         yield
     except FloatingPointError as e:
         names = [sample.name for sample in group]
-        raise FloatingPointError(f"step {step}, samples {names}: {e}") from None
+        raise FloatingPointError(f"step {run.step}, samples {names}: {e}") from None
     except BadInput as e:
         if len(group[0].turns) == 1:
             raise
@@ -270,23 +273,20 @@ def start(args):
     dtype = args.dtype or ("float32" if toy and device == "cpu" else "bfloat16")
     recipe = load_recipe(folder)
     m = load(folder, device, dtype)
-    threads = ""
-    if m.device.type == "cpu":
-        policy = os.environ.get("OMP_WAIT_POLICY", "default").lower()
-        threads = f", {torch.get_num_threads()} thread(s), OMP_WAIT_POLICY {policy}"
+    threads = f", {torch.get_num_threads()} thread(s)" if m.device.type == "cpu" else ""
     say(f"{folder} on {device} ({'--device' if args.device else 'default'}) in {dtype} "
         f"({'--dtype' if args.dtype else 'default for training'}){threads}")
     fill_in(args, recipe, toy)
-    check_depth(m, args.frozen_layers, args.rpn_layers)  # before the run's folder is made
-    recipe = recipe | {"frozen": args.frozen_layers, "layers": args.rpn_layers}
-    if "budget" in recipe:
-        m.budget = tuple(recipe["budget"])
+    recipe = recipe | {"frozen": args.frozen_layers or recipe["frozen"],
+                       "layers": args.rpn_layers or recipe["layers"]}
+    check_depth(m, recipe["frozen"], recipe["layers"])  # before the run's folder is made
+    m.budget = recipe.get("budget", m.budget)
     if toy:
         questions, source = ToyQuestions(f"{TOY_TRAIN}/{args.seed}", args.samples), "toy scenes"
     else:
         questions = FileQuestions(args.data, args.images, args.samples, args.seed)
-        source = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:16]
-    images = str(Path(args.images).resolve()) if args.images else None
+        source = hashlib.sha256(args.data.read_bytes()).hexdigest()[:16]
+    images = str(args.images.resolve()) if args.images else None
     ckpt = str(folder.resolve()) if Path(args.ckpt).is_dir() else args.ckpt  # found from anywhere
     settings = {"ckpt": ckpt, "fingerprint": m.fingerprint, "data": source,
                 "images": images, "questions": len(questions), "recipe": recipe, "dtype": dtype}
@@ -310,8 +310,6 @@ def fill_in(args, recipe, toy):
     for key in ("lr", "epochs", "batch_size", "grad_accum", *(["samples"] if toy else [])):
         if getattr(args, key) is None:
             setattr(args, key, recipe["train"][key])
-    args.frozen_layers = args.frozen_layers or recipe["frozen"]
-    args.rpn_layers = args.rpn_layers or recipe["layers"]
 
 
 # ----------------------------------------------------------- the toy's comparison, and the picture
@@ -378,12 +376,12 @@ def report(args, m, rpn, recipe, questions, path):
     for n in range(min(6, len(questions))):
         try:
             picture, q = questions[n]
-        except BadInput:  # listed in skipped.jsonl already
+            own, question = recipe_for(recipe, q.get("kind")), q["question"][0]
+            steps = teach_one(m, own, picture, question, args.max_new_tokens)
+            heat = rpn(m, picture, question).sigmoid().numpy()
+        except BadInput:  # no picture, or one of a shape that this model does not take
             continue
-        own, question = recipe_for(recipe, q.get("kind")), q["question"][0]
-        steps = teach_one(m, own, picture, question, args.max_new_tokens)
         maps = [(steps[name], steps["teacher_letterbox"]) for name in ("raw", "clean", "labels")]
-        heat = rpn(m, picture, question).sigmoid().numpy()
         rows.append({"picture": picture, "maps": [*maps, (heat, Letterbox.of(m, picture))],
                      "sinks": steps["sinks"], "title": f"{question}  {steps['response']}"})
     columns = ["picture", "attention", "without sinks", "labels", "RPN"]
@@ -393,7 +391,8 @@ def report(args, m, rpn, recipe, questions, path):
 # ------------------------------------------------------------------------------------ command line
 
 def parser():
-    p = argparse.ArgumentParser(description="Distil an RPN from a model's own attention.")
+    p = argparse.ArgumentParser(
+        "train.py", description="Distil an RPN from a model's own attention.")
     add = p.add_argument
     add("--ckpt", default="toy",
         help=f"checkpoint folder, or one of {', '.join(KNOWN)}; default: toy")
@@ -443,7 +442,17 @@ def check_flags(args):
             raise BadInput(f"{flag} {value}: must be 0 or more")
 
 
+def join_processes(args):
+    """With torchrun: meet the others."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        gpu = torch.cuda.is_available() and args.device != "cpu"
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if gpu else "gloo")
+
+
 def work(args):
+    join_processes(args)
     check_flags(args)
     m, recipe, questions, run = start(args)
     try:
@@ -459,42 +468,8 @@ def work(args):
 
 
 def main(argv=None):
-    p = parser()
-    p.error = lambda message: fail(f"{message}; see python train.py --help")
-    args = p.parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        gpu = torch.cuda.is_available() and args.device != "cpu"
-        if gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if gpu else "gloo")
-    try:
-        work(args)
-    except (BadInput, FloatingPointError) as e:
-        fail(e)
-    except (torch.OutOfMemoryError, MemoryError):
-        fail("out of memory; lower --teacher-batch, then --batch-size (raise --grad-accum as "
-             "much); the same command goes on")
-    except FileNotFoundError as e:
-        fail(f"{e.filename}: gone; was the folder moved or deleted while the run went on?")
-    except OSError as e:
-        fail(f"{e.filename or 'disk'}: {e.strerror or e}; free some space or name another --out; "
-             "the same command goes on")
-    except KeyboardInterrupt:
-        fail("stopped; the same command goes on", 130)
-    except RuntimeError:
-        if not first_to_fail():  # a process that lost its partner
-            sys.exit(1)
-        raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def fail(message, code=2):
-    """One line on stderr, from one process: with torchrun the others stop for the same reason."""
-    if first_to_fail():
-        print("train.py:", str(BadInput(message)), file=sys.stderr)
-    sys.exit(code)
+    run_program(parser(), work, argv, again="the same command goes on",
+                memory="lower --teacher-batch, then --batch-size (raise --grad-accum as much)")
 
 
 if __name__ == "__main__":

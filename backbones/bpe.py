@@ -183,6 +183,10 @@ class BPE:
             raise ValueError(f"a token holds {min(foreign)!r}, which stands for no byte")
         self.size = 1 + max(*self.texts, *added_ids)
 
+    def get_piece_size(self):
+        """The size, as sentencepiece calls it."""
+        return self.size
+
     def token_id(self, content):
         """The id of a token, e.g. "<|im_start|>"; BadInput if the vocabulary lacks it."""
         for table in (self.special, self.ordinary, self.vocab):

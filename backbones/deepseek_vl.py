@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from backbones.bpe import BPE
-from clip import MEAN, PAD_COLOUR, STD, BadInput, to_tensor
+from clip import MEAN, MLP, PAD_COLOUR, STD, BadInput, pad_to_square, to_tensor
 from model import (KNOWN, TEXT_DEFAULTS, LLaVA, check_number, check_whole, read_text_sizes, refuse,
                    wider)
 
@@ -60,27 +60,7 @@ def resize_and_pad(picture, size, colour):
     [(127, 127, 127), (255, 0, 0), (255, 0, 0), (127, 127, 127)]
     """
     w, h = (max(int(side / max(picture.size) * size), MIN_SIDE) for side in picture.size)
-    square = Image.new("RGB", (size, size), colour)
-    square.paste(picture.resize((w, h), Image.BICUBIC), ((size - w) // 2, (size - h) // 2))
-    return square
-
-
-def normalise(pixels, mean, std):
-    """(b, 3, S, S) in [0, 1] -> (pixels - mean) / std, channel by channel."""
-    mean = torch.tensor(mean, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(std, device=pixels.device).view(3, 1, 1)
-    return (pixels - mean) / std
-
-
-class Patches(nn.Module):
-    """pixels (b, 3, S, S) -> a vector for each patch (b, C, S / patch, S / patch)."""
-
-    def __init__(self, width, patch):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, patch, stride=patch)
-
-    def forward(self, pixels):
-        return self.proj(pixels)
+    return pad_to_square(picture.resize((w, h), Image.BICUBIC), colour)
 
 
 # ----------------------------------------------------------------------------------------- SigLIP
@@ -99,20 +79,16 @@ class SigLIPAttention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(b, n, C))
 
 
-class SigLIPMLP(nn.Module):
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))  # (b, n, C); the exact (erf) GELU
+def build_mlp(width, hidden):
+    """The MLP of both towers: CLIP's with the exact (erf) GELU."""
+    return MLP(dict(hidden_size=width, intermediate_size=hidden, hidden_act="gelu"))
 
 
 class SigLIPBlock(nn.Module):
     def __init__(self, width, heads, hidden):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn, self.mlp = SigLIPAttention(width, heads), SigLIPMLP(width, hidden)
+        self.attn, self.mlp = SigLIPAttention(width, heads), build_mlp(width, hidden)
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
@@ -131,16 +107,16 @@ class SigLIP(nn.Module):
         super().__init__()
         width, hidden = c["width"], int(c["width"] * c["mlp_ratio"])
         self.image_size, self.grid = c["image_size"], c["image_size"] // c["patch_size"]
-        self.patch_embed = Patches(width, c["patch_size"])
+        self.patch_embed = nn.Module()  # only for the names of the keys
+        self.patch_embed.proj = nn.Conv2d(3, width, c["patch_size"], stride=c["patch_size"])
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid ** 2, width))
         self.blocks = nn.ModuleList(
             SigLIPBlock(width, c["heads"], hidden) for _ in range(c["layers"]))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, pixels):
-        half = (0.5, 0.5, 0.5)
-        pixels = normalise(pixels, half, half).to(self.pos_embed.dtype)
-        x = self.patch_embed(pixels)  # (b, C, g, g)
+        pixels = ((pixels - 0.5) / 0.5).to(self.pos_embed.dtype)
+        x = self.patch_embed.proj(pixels)  # (b, C, g, g)
         x = x.flatten(2).transpose(1, 2) + self.pos_embed  # (b, N, C), row by row
         for block in self.blocks:
             x = block(x)
@@ -213,15 +189,6 @@ class SAMAttention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(b, m, m, C))
 
 
-class SAMMLP(nn.Module):
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.lin1, self.lin2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x):
-        return self.lin2(F.gelu(self.lin1(x)))  # (b, cells, cells, C); the exact (erf) GELU
-
-
 class SAMBlock(nn.Module):
     """(b, cells, cells, C) -> the same. `window` cells a side; 0: it sees the whole picture."""
 
@@ -229,7 +196,8 @@ class SAMBlock(nn.Module):
         super().__init__()
         self.window = window
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn, self.mlp = SAMAttention(width, heads, window or cells), SAMMLP(width, hidden)
+        self.attn = SAMAttention(width, heads, window or cells)
+        self.mlp = build_mlp(width, hidden)
 
     def forward(self, x):
         h, w = x.shape[1:3]
@@ -264,7 +232,8 @@ class SAM(nn.Module):
         width, hidden = c["width"], int(c["width"] * c["mlp_ratio"])
         cells = c["image_size"] // c["patch_size"]
         self.image_size, self.grid = c["image_size"], grid
-        self.patch_embed = Patches(width, c["patch_size"])
+        self.patch_embed = nn.Module()  # only for the names of the keys
+        self.patch_embed.proj = nn.Conv2d(3, width, c["patch_size"], stride=c["patch_size"])
         self.pos_embed = nn.Parameter(torch.zeros(1, cells, cells, width))
         windows = [c["window_size"]] * c["layers"]
         for layer in c["global_attn_indexes"]:
@@ -299,8 +268,10 @@ class SAM(nn.Module):
         return x
 
     def forward(self, pixels):
-        pixels = normalise(pixels, MEAN, STD).to(self.pos_embed.dtype)  # CLIP's mean, not SAM's
-        x = self.patch_embed(pixels).permute(0, 2, 3, 1) + self.pos_embed  # (b, cells, cells, C)
+        mean, std = torch.tensor([MEAN, STD], device=pixels.device).view(2, 3, 1, 1)
+        pixels = ((pixels - mean) / std).to(self.pos_embed.dtype)  # CLIP's mean, not SAM's
+        x = self.patch_embed.proj(pixels)
+        x = x.permute(0, 2, 3, 1) + self.pos_embed  # (b, cells, cells, C)
         for layer, block in enumerate(self.blocks):
             x = block(x)
             if layer == self.first_global:
@@ -363,6 +334,7 @@ class DeepSeekVL(LLaVA):
     def build_tower(self):
         vision, D = self.config["vision"], self.config["hidden_size"]
         self.siglip, self.sam = SigLIP(vision["low"]), None
+        self.grid = self.siglip.grid, self.siglip.grid
         if vision["high"] is None:
             self.aligner = Aligner(vision["low"]["width"], D)
         else:
@@ -394,10 +366,6 @@ class DeepSeekVL(LLaVA):
         bos = self.tokenizer.token_id(BOS)
         return [bos, *self.tokenizer.encode(prompt_text, special=True)]
 
-    @property
-    def pieces(self):
-        return self.tokenizer.size
-
     # ---- pictures
 
     def pixels(self, picture, box=None):
@@ -412,12 +380,6 @@ class DeepSeekVL(LLaVA):
             colour = GREY if self.sam is None else PAD_COLOUR
             return to_unit(resize_and_pad(picture, size, colour))
         return to_unit(picture.crop(box).resize((size, size), Image.BILINEAR))
-
-    def token_grid(self, pixels):
-        return self.siglip.grid, self.siglip.grid
-
-    def grid_of(self, picture):
-        return self.siglip.grid, self.siglip.grid
 
     def features(self, pixels):
         """(b, 3, S, S) -> (b, N, C); with SAM (b, N, C' + C), SAM's features first.
@@ -447,9 +409,9 @@ class DeepSeekVL(LLaVA):
             size = "7b" if "high_res_vision_config" in config else "1.3b"
             raise BadInput(f"{path}: a port of DeepSeek-VL with tensors under other names; use the "
                            f"original, {KNOWN[f'deepseek-vl-{size}']}")
-        text = read_text_sizes(path, config.get("language_config"), TEXT_DEFAULTS)
-        towers = read_towers(path, config.get("vision_config"))
-        check_aligner(path, config.get("aligner_config"), text["hidden_size"], towers)
+        text = read_text_sizes(path, config["language_config"], TEXT_DEFAULTS)
+        towers = read_towers(path, config["vision_config"])
+        check_aligner(path, config["aligner_config"], text["hidden_size"], towers)
         return text | {"vision": towers, "tied": bool(text.get("tie_word_embeddings", False))}
 
     @staticmethod
@@ -466,7 +428,8 @@ class DeepSeekVL(LLaVA):
         name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
         name = re.sub(r"^language_model\.model\.", "language_model.", name)
         name = re.sub(r"^vision_model\.vision_tower(_low)?\.vision_tower\.", "siglip.", name)
-        return re.sub(r"^vision_model\.vision_tower_high\.vision_tower\.", "sam.", name)
+        name = re.sub(r"^vision_model\.vision_tower_high\.vision_tower\.", "sam.", name)
+        return name.replace(".mlp.lin", ".mlp.fc")  # SAM's spelling
 
     def ignored(self, key):
         """Tensors that checkpoints hold and nothing reads: SigLIP's pooling, two norms, buffers."""
@@ -477,33 +440,29 @@ class DeepSeekVL(LLaVA):
 
 def read_towers(path, given):
     """vision_config -> {"low": SigLIP's sizes, "high": SAM's or None}. Raises BadInput."""
-    params = given.get("params") if isinstance(given, dict) else None
-    if not isinstance(params, dict):
-        raise BadInput(f"{path}: vision_config.params must be an object; download it again")
+    kind, params = given["cls"], given["params"]
     siglip, sam = TOWERS  # their names
-    if given.get("cls") == "CLIPVisionTower":
+    if kind == "CLIPVisionTower":
         return {"low": read_tower(path, params, siglip), "high": None}
-    if given.get("cls") == "HybridVisionTower":
-        return {"low": read_tower(path, params.get("low_res_cfg"), siglip),
-                "high": read_tower(path, params.get("high_res_cfg"), sam)}
-    raise BadInput(f"{path}: vision_config.cls {str(given.get('cls'))[:40]} is unknown; "
+    if kind == "HybridVisionTower":
+        return {"low": read_tower(path, params["low_res_cfg"], siglip),
+                "high": read_tower(path, params["high_res_cfg"], sam)}
+    raise BadInput(f"{path}: vision_config.cls {str(kind)[:40]} is unknown; "
                    "CLIPVisionTower (1.3B) and HybridVisionTower (7B) are supported")
 
 
 def read_tower(path, given, name):
     """One tower's object -> its sizes: those it spells out, else those behind its name."""
-    found = given.get("model_name") if isinstance(given, dict) else given
-    if found != name:
-        raise BadInput(f"{path}: tower {str(found)[:40]} where {name} is expected; use "
-                       f"{KNOWN['deepseek-vl-1.3b']} or {KNOWN['deepseek-vl-7b']}")
+    if given.get("model_name") != name:
+        raise BadInput(f"{path}: tower {str(given.get('model_name'))[:40]} where {name} is "
+                       f"expected; use {KNOWN['deepseek-vl-1.3b']} or {KNOWN['deepseek-vl-7b']}")
     c = TOWERS[name] | {key: given[key] for key in TOWERS[name] if key in given}
     check_number(path, c, "mlp_ratio")
     lists = ("global_attn_indexes", "downsample_channels")
     check_whole(path, c, *(key for key in c if key not in ("mlp_ratio", *lists)))
     for key, most in zip(lists, (c["layers"], 1 << 20)):
         numbers = c.get(key, [0])  # SigLIP has no lists
-        whole = isinstance(numbers, list) and all(type(n) is int for n in numbers)
-        if not whole or not numbers or not all(0 <= n < most for n in numbers):
+        if not numbers or not all(type(n) is int and 0 <= n < most for n in numbers):
             raise BadInput(f"{path}: {key} = {str(numbers)[:40]} is no list of sensible numbers; "
                            "download it again")
     refuse(path, [
@@ -517,9 +476,7 @@ def read_tower(path, given, name):
 
 def check_aligner(path, given, width, towers):
     """Is aligner_config the one for these towers? Raises BadInput."""
-    params = given.get("params") if isinstance(given, dict) else None
-    if not isinstance(params, dict):
-        raise BadInput(f"{path}: aligner_config.params must be an object; download it again")
+    params = given["params"]
     kind = "mlp_gelu" if towers["high"] is None else "low_high_hybrid_split_mlp_gelu"
     refuse(path, [
         (params.get("projector_type") != kind, f"projector_type must be {kind} for its towers"),

@@ -25,7 +25,7 @@ from PIL import Image
 
 from backbones.bpe import BPE
 from clip import BadInput, to_tensor
-from model import (LLaVA, RMSNorm, check_whole, read_json, read_text_sizes, refuse, rope_table,
+from model import (MLP, LLaVA, RMSNorm, check_whole, read_json, read_text_sizes, refuse, rope_table,
                    rotate, wider)
 
 SYSTEM = "You are a helpful assistant."
@@ -147,22 +147,12 @@ class Attention(nn.Module):
         return self.proj(torch.cat(seen, 2).transpose(1, 2).flatten(2))  # of (b, H, n, d)
 
 
-class MLP(nn.Module):
-    def __init__(self, C, hidden):
-        super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(C, hidden), nn.Linear(C, hidden)
-        self.down_proj = nn.Linear(hidden, C)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Layer(nn.Module):
     def __init__(self, c):
         super().__init__()
         C = c["hidden_size"]
         self.norm1, self.norm2 = RMSNorm(C, 1e-6), RMSNorm(C, 1e-6)  # no key states this epsilon
-        self.attn, self.mlp = Attention(C, c["num_heads"]), MLP(C, c["intermediate_size"])
+        self.attn, self.mlp = Attention(C, c["num_heads"]), MLP(c, bias=True)
 
     def forward(self, x, rope, sizes):
         x = x + self.attn(self.norm1(x), rope, sizes)
@@ -314,10 +304,6 @@ class Qwen2_5VL(LLaVA):
         """A rendered prompt with one <|image_pad|> -> ids; special tokens are taken by name."""
         return self.tokenizer.encode(prompt_text, special=True)
 
-    @property
-    def pieces(self):
-        return self.tokenizer.size
-
     # ---- pictures
 
     def pixels(self, picture, box=None):
@@ -391,10 +377,7 @@ class Qwen2_5VL(LLaVA):
         reference library's defaults are those of other models.
         """
         path = folder / "config.json"
-        text, vision = config.get("text_config") or config, config.get("vision_config")
-        if not (isinstance(text, dict) and isinstance(vision, dict)):
-            raise BadInput(f"{path}: text_config and vision_config must be objects; "
-                           "download it again")
+        text, vision = config.get("text_config") or config, config["vision_config"]
         tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
         sizes = read_decoder(path, text) | {
             "vision": read_vision(path, vision), "budget": read_budget(folder),
@@ -438,9 +421,7 @@ def check_aspect(picture):
 
 def read_decoder(path, text):
     """The decoder's part of config.json -> the sizes and flags that Block reads."""
-    rope = text.get("rope_parameters") or text.get("rope_scaling")
-    if not isinstance(rope, dict):
-        raise BadInput(f"{path}: no rope_scaling and no rope_parameters; download it again")
+    rope = text.get("rope_parameters") or text["rope_scaling"]
     theta = {"rope_theta": rope.get("rope_theta", text.get("rope_theta"))}
     sizes = read_text_sizes(path, text | {"rope_scaling": None, "rope_parameters": theta}, {})
     sections, kind = rope.get("mrope_section"), rope.get("rope_type", rope.get("type"))

@@ -33,6 +33,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script, only data/ is on the path
 from clip import BadInput, printable  # noqa: E402
+from data.program import run_program, say  # noqa: E402
 from data.questions import write_questions  # noqa: E402
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -245,10 +246,6 @@ def needs(name):
     return f"{name} is made from " + "; or from ".join(sources(name))
 
 
-def is_parquet(file):
-    return file.suffix == ".parquet"
-
-
 # -------------------------------------------------------------------------- from files to questions
 
 def files_of(name, paths):
@@ -269,7 +266,7 @@ def files_of(name, paths):
     for file in files:
         if not file.is_file():
             raise BadInput(f"{file}: no such file; {needs(name)}")
-    if len({is_parquet(file) for file in files}) > 1:
+    if len({file.suffix == ".parquet" for file in files}) > 1:
         raise BadInput(f"{files[0]}: give parquet files or official ones, not both")
     return files
 
@@ -277,7 +274,7 @@ def files_of(name, paths):
 def records(name, file):
     """The records of a file, their fields named as in the official one."""
     benchmark = BENCHMARKS[name]
-    if not is_parquet(file):
+    if file.suffix != ".parquet":
         yield from benchmark.read(file)
         return
     for row in parquet(file):
@@ -304,7 +301,7 @@ def unpack(picture, root):
             picture = base64.b64decode(picture)
         with Image.open(io.BytesIO(picture)) as opened:  # reads the header only
             suffix = opened.format.lower()
-    except (OSError, TypeError, ValueError, Image.DecompressionBombError):
+    except (OSError, TypeError, ValueError):
         raise ValueError("its image is not a picture, or cut short") from None
     path = root / f"{hashlib.sha256(picture).hexdigest()[:16]}.{suffix}"
     if not path.exists():
@@ -375,12 +372,11 @@ def report(name, kinds, missing, root, out):
         for kind, number in kinds.items():
             print(f"  {number:5} {printable(kind)}")
     if missing:
-        first = printable(", ".join(missing[:3])) + (" ..." if len(missing) > 3 else "")
-        print(f"warning: {len(missing)} questions left out, their picture is not in "
-              f"{printable(root)}: {first}", file=sys.stderr)
+        first = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        say(f"warning: {len(missing)} questions left out, their picture is not in {root}: {first}")
     if count != expected:
-        print(f"warning: {count} questions, the benchmark has {expected}: the score will not be "
-              f"comparable; {needs(name)}", file=sys.stderr)
+        say(f"warning: {count} questions, the benchmark has {expected}: the score will not be "
+            f"comparable; {needs(name)}")
     infer, out = (os.path.relpath(path) for path in (ROOT / "infer.py", out))
     print(f"wrote {printable(out)}")
     print(f"next: python {shlex.quote(infer)} --eval {shlex.quote(printable(out))} "
@@ -393,7 +389,7 @@ def run(args):
     out = out.resolve()
     if out in [file.resolve() for file in files]:
         raise BadInput(f"{out}: would be overwritten by its own result; give --out another name")
-    unpacks = is_parquet(files[0]) or BENCHMARKS[args.name].picture is None
+    unpacks = files[0].suffix == ".parquet" or BENCHMARKS[args.name].picture is None
     if unpacks and args.images:
         raise BadInput(f"--images {args.images}: the pictures are inside {files[0].name}; "
                        "leave --images out")
@@ -411,7 +407,7 @@ def parser():
     where = ["{:10} {}\n{:10} {}".format(name, sources(name)[0], "", sources(name)[1])
              for name in BENCHMARKS]
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        "benchmarks.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n".join(where))
     p.add_argument("name", choices=BENCHMARKS, metavar="BENCHMARK",
                    help="one of: " + " ".join(BENCHMARKS))
@@ -420,24 +416,11 @@ def parser():
     p.add_argument("--images", type=Path, metavar="DIR",
                    help="the pictures of an official file; default: where the first FILE is")
     p.add_argument("--out", type=Path, metavar="FILE", help="default: a file beside this script")
-    p.error = lambda message: fail(f"{message}; see --help")  # one line instead of the usage text
     return p
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
-    try:
-        run(args)
-    except BadInput as error:
-        fail(error)
-    except OSError as error:
-        path = error.filename2 or error.filename or args.out  # of a failed move, filename2 is where
-        fail(f"{path}: {error.strerror or error}; check the path, the rights and the free space")
-
-
-def fail(message):
-    print("benchmarks.py:", printable(" ".join(str(message).split())), file=sys.stderr)
-    sys.exit(2)
+    run_program(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ Of a map only the part over the picture is drawn, not the padding.
 
 Text: Pillow's own font holds ASCII and a few signs. What a font lacks is written in other letters
 (é as e) or escaped (\u4e2d), never as an empty box; use_font(path) takes a font that holds more.
-Left out: charts (plots.py), moving pictures, colour fonts.
+Left out: charts (tests/plots.py), moving pictures, colour fonts.
 """
 import math
 import os
@@ -24,9 +24,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image, ImageDraw, ImageFont
 
-from clip import BadInput
+from clip import FORMATS, BadInput
+from data.files import write_file
 
 INK, SOFT, LINE, PANEL = (28, 32, 38), (96, 104, 114), (214, 218, 223), (246, 247, 249)
 GREEN, WHITE, DARK = (0, 184, 92), (255, 255, 255), (16, 16, 24)  # green: boxes, what is kept
@@ -38,8 +39,7 @@ LABELS = (  # name, colour, opacity of the labels -1, 0, 1
     ("foreground", GREEN, 0.75),
 )
 MARGIN, GAP, HEADER = 28, 20, 48  # px; a panel's header is its title and its key
-THIN = 32       # px; no side of a picture is drawn shorter
-MOST_CROPS = 6  # more are not drawn
+THIN = 32  # px; no side of a picture is drawn shorter
 
 
 # --------------------------------------------------------------------------------------------- text
@@ -138,7 +138,6 @@ def wrap(text, face, width, most=1):
 
 def heat_colour(values):
     """(h, w) in [0, 1] -> (h, w, 3) uint8: dark violet, red, pale yellow, ever lighter."""
-    values = np.nan_to_num(np.asarray(values, float))
     stops = np.linspace(0, 1, len(RAMP))
     colour = np.stack([np.interp(values, stops, RAMP[:, k]) for k in range(3)], -1)
     return colour.round().astype(np.uint8)
@@ -226,7 +225,7 @@ def with_outline(thumb, mask, colour):
     return Image.fromarray(pixels)
 
 
-def with_boxes(thumb, boxes, source, colour=GREEN):
+def with_boxes(thumb, boxes, source):
     """A copy of the thumbnail with outlines of boxes (x0, y0, x1, y1) in px of a source of (w, h).
 
     The line runs around the box, so that the smallest box is seen and nothing of it is hidden.
@@ -236,7 +235,7 @@ def with_boxes(thumb, boxes, source, colour=GREEN):
     for box in boxes:
         low, high = np.sort(np.reshape(box, (2, 2)), 0) * thumb.size / np.array(source)
         room = np.maximum(4 - (high - low) / 2, 0)  # at least 8 px to look through
-        for reach, width, tint in ((4, 5, DARK), (3, 3, colour)):
+        for reach, width, tint in ((4, 5, DARK), (3, 3, GREEN)):
             around = np.clip([low - room - reach, high + room + reach], 0, last)
             pen.rectangle(tuple(around.ravel()), outline=tint, width=width)
     return thumb
@@ -282,11 +281,10 @@ def draw_mark(pen, x, y, reach, shape):
 
 
 def crop_view(crop, keep, width, height):
-    """A crop, fitted to width x height px; tokens outside keep (h, w) bool or None are greyed."""
+    """A crop, fitted to width x height px; tokens outside keep (h, w) bool are greyed."""
     thumb = thumbnail(crop, width, height)
-    if keep is None:
+    if keep.all():
         return thumb
-    keep = np.asarray(keep, bool)
     h, w = keep.shape
     rows = np.arange(thumb.height) * h // thumb.height
     columns = np.arange(thumb.width) * w // thumb.width
@@ -294,14 +292,11 @@ def crop_view(crop, keep, width, height):
     pixels = np.array(thumb)
     grey = np.asarray(thumb.convert("L"), float)[..., None] * 0.3 + 150
     pixels[~kept] = np.broadcast_to(grey, pixels.shape)[~kept].astype(np.uint8)
-    thumb = Image.fromarray(pixels)
-    return thumb if kept.all() else with_outline(thumb, kept, GREEN)
+    return with_outline(Image.fromarray(pixels), kept, GREEN)
 
 
 def crops_view(crops, width, height):
-    """The first crops of [(PIL, keep or None)] in one panel, as large as columns make them."""
-    crops = crops[:MOST_CROPS]
-
+    """The crops [(PIL, keep)] in one panel, as large as columns make them."""
     def slot(columns):
         rows = math.ceil(len(crops) / columns)
         return (width - 8 * (columns - 1)) // columns, (height - 8 * (rows - 1)) // rows
@@ -458,15 +453,10 @@ def crops_panel(title, crops, place):
     """The crops that the model looked at; how many tokens it kept, where some are masked."""
     if not crops:
         return Panel(title, [(None, "the plain answer stands")], None)
-    note = "at full resolution"
-    masks = [np.asarray(keep, bool) for _, keep in crops if keep is not None]
-    kept, tokens = sum(int(keep.sum()) for keep in masks), sum(keep.size for keep in masks)
-    if masks:
-        note = f"all {tokens} tokens kept"
+    kept, tokens = sum(int(keep.sum()) for _, keep in crops), sum(keep.size for _, keep in crops)
+    note = f"all {tokens} tokens kept"
     if kept < tokens:
         note = f"{kept} of {tokens} tokens kept, the greyed are left out"
-    if len(crops) > MOST_CROPS:
-        note = f"the first {MOST_CROPS} of {len(crops)}"
     return Panel(title, [(None, note)], crops_view(crops, *place))
 
 
@@ -474,7 +464,7 @@ def answer_picture(picture, letterbox, heat, boxes, crops, question, answers):
     """A question, its answers and what the model looked at -> picture 1200 px wide.
 
     heat: (h, w) in [0, 1], or None in plain mode. boxes: (x0, y0, x1, y1) in source px, outlined.
-    crops: [(PIL crop, keep)], keep (h, w) bool on the crop's own grid, or None if all is kept.
+    crops: [(PIL crop, keep)], keep (h, w) bool: the cells of the crop's own grid that were read.
     answers: dict label -> text.
     """
     width = 1200 - 2 * MARGIN
@@ -482,7 +472,7 @@ def answer_picture(picture, letterbox, heat, boxes, crops, question, answers):
     thumb = thumbnail(picture, *place)
     where = Panel("No map", [(None, "plain answer: the picture is read as it is")], None)
     if heat is not None:
-        view = overlay(thumb, np.asarray(heat, float), letterbox)
+        view = overlay(thumb, heat, letterbox)
         where = Panel("Where to look", [(ramp(), "0 to 1")], view)
     panels = [
         Panel("Picture", [(None, size_of(picture, place))], with_boxes(thumb, boxes, picture.size)),
@@ -517,23 +507,17 @@ class Steps:
     crops: list            # [(PIL crop, keep)] as in answer_picture
     plain: str
     two_stage: str
-    mode: str = None        # "mask" or "box", if the crop's title shall say it
-    true_boxes: tuple = ()  # in source px, if they are known
+    mode: str              # "mask" or "box"
 
 
 STORY = ("1 to 4, the teacher: what the model attends to while it answers becomes labels.   "
          "5 to 8, the student: its map says where to look again.")
-CROP_TITLES = {None: "8  Crop (Eq. 7, 8)", "box": "8  Box Upscaling (Eq. 7)",
+CROP_TITLES = {"box": "8  Box Upscaling (Eq. 7)",
                "mask": "8  Masked Upscaling (Eq. 8)"}
 
 
 def explain_picture(steps):
-    """The method on one question -> picture 1600 px wide: eight numbered panels and the answers.
-
-    steps: Steps, or a dict of its fields.
-    """
-    if isinstance(steps, dict):
-        steps = Steps(**steps)
+    """Steps of one question -> picture 1600 px wide: eight numbered panels and the answers."""
     width = 1600 - 2 * MARGIN
     columns, place = layout(steps.picture.size, 8, 4, width, 1040)
     panels = [*teacher_panels(steps, place), *student_panels(steps, place)]
@@ -551,13 +535,10 @@ def teacher_panels(steps, place):
     letterbox, source = steps.teacher_letterbox, steps.picture.size
     thumb = thumbnail(steps.picture, *place)
     picture_key = [(None, size_of(steps.picture, place))]
-    if len(steps.true_boxes):
-        picture_key.append((flat(WHITE), "true box"))
     if len(steps.boxes):
         picture_key.append((flat(GREEN), "looked at again"))
-    picture = with_boxes(thumb, steps.true_boxes, source, WHITE)
-    raw = overlay(thumb, np.asarray(steps.raw, float), letterbox, own_max=True)
-    clean = overlay(thumb, np.asarray(steps.clean, float), letterbox, own_max=True)
+    raw = overlay(thumb, steps.raw, letterbox, own_max=True)
+    clean = overlay(thumb, steps.clean, letterbox, own_max=True)
     count = int(np.sum(steps.sinks))
     hidden = count - len(centres(steps.sinks, letterbox, thumb.size)[0])
     words = "1 sink" if count == 1 else f"{count} sinks"
@@ -567,13 +548,12 @@ def teacher_panels(steps, place):
     tokens = "{} x {} image tokens".format(*letterbox.grid)
     removed_key = [(mark("cross"), "removed") if count else (None, "nothing to remove")]
     return [
-        Panel("1  Picture", picture_key, with_boxes(picture, steps.boxes, source)),
+        Panel("1  Picture", picture_key, with_boxes(thumb, steps.boxes, source)),
         Panel("2  Attention of the answer (Sec. 3.1)", [*sink_key, (None, tokens)],
               with_marks(raw, steps.sinks, letterbox, "ring")),
         Panel("3  Sinks removed (Eq. 1)", removed_key,
               with_marks(clean, steps.sinks, letterbox, "cross")),
-        Panel("4  Labels (Eq. 2)", label_key(),
-              overlay(thumb, np.asarray(steps.labels, int), letterbox)),
+        Panel("4  Labels (Eq. 2)", label_key(), overlay(thumb, steps.labels, letterbox)),
     ]
 
 
@@ -581,16 +561,15 @@ def student_panels(steps, place):
     """5 to 8: from the RPN's map to the crop, as in answering (Sec. 3.3 and 3.4)."""
     letterbox = steps.letterbox
     thumb = thumbnail(steps.picture, *place)
-    smoothed = np.asarray(steps.smoothed, float)
-    above = map_over(smoothed > steps.tau, letterbox, thumb.size, smooth=False)  # (H, W) bool
+    above = map_over(steps.smoothed > steps.tau, letterbox, thumb.size, smooth=False)  # (H, W) bool
     regions = [letterbox.to_pixels(box) for box in steps.regions]
     found = "1 region" if len(regions) == 1 else f"{len(regions)} regions"
     title = CROP_TITLES[steps.mode] if steps.crops else "8  No crop"
     return [
         Panel("5  The RPN's map (Eq. 5)", [(ramp(), "0 to 1")],
-              overlay(thumb, np.asarray(steps.rpn, float), letterbox)),
+              overlay(thumb, steps.rpn, letterbox)),
         Panel("6  Smoothed, cut at tau (Eq. 6)", [(flat(WHITE), f"above tau = {steps.tau:g}")],
-              with_outline(overlay(thumb, smoothed, letterbox), above, WHITE)),
+              with_outline(overlay(thumb, steps.smoothed, letterbox), above, WHITE)),
         Panel("7  Regions (Eq. 7)", [(None, found)],
               with_boxes(thumb, regions, steps.picture.size)),
         crops_panel(title, steps.crops, place),
@@ -654,8 +633,6 @@ def row_views(row, across, down):
 
 # ------------------------------------------------------------------------------------------- saving
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP",
-           ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF"}
 QUALITY = {"JPEG": dict(quality=92, subsampling=0), "WEBP": dict(quality=92)}
 
 
@@ -665,35 +642,25 @@ def check_path(path, protect=None):
     protect: a path that is never overwritten, such as the input's, by whatever name.
     """
     path = Path(path)
-    form = FORMATS.get(path.suffix.lower())
-    if form is None or form == "WEBP" and not features.check("webp"):
+    form = Image.registered_extensions().get(path.suffix.lower())
+    if form not in FORMATS:
         raise BadInput(f"{path}: no format of a picture that can be written; "
-                       f"end the name with one of {', '.join(FORMATS)}")
+                       "end the name with .png, .jpg, .webp, .bmp, .gif or .tiff")
     if path.is_dir():
         raise BadInput(f"{path}: is a folder; name a file")
-    if protect is not None:
-        both = path.exists() and os.path.exists(protect)
-        same = os.path.samefile(path, protect) if both else False
-        if same or os.path.realpath(path) == os.path.realpath(protect):
-            raise BadInput(f"{path}: is the input, which is never overwritten; name another file")
+    real = os.path.realpath(path)  # without what leads there and back
+    known = protect is not None and os.path.exists(real) and os.path.exists(protect)
+    if known and os.path.samefile(real, protect):
+        raise BadInput(f"{path}: is the input, which is never overwritten; name another file")
     return form
 
 
 def save(picture, path, protect=None):
     """Write the picture in the format that the suffix of path says; its folder is made.
 
-    Written under another name first, so no half a file ever stands there. Raises what check_path()
-    does before anything is written, or OSError.
+    Whole or not at all. Raises what check_path() does before anything is written, or OSError.
     """
     path = Path(path)
     form = check_path(path, protect)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name[:60] + ".partial")  # known by name, if a crash leaves it
-    try:
-        with open(partial, "wb") as file:
-            picture.save(file, form, **QUALITY.get(form, {}))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(path, lambda partial: picture.save(partial, form, **QUALITY.get(form, {})))

@@ -26,6 +26,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script, only data/ is on the path
 from clip import BadInput, printable  # noqa: E402
+from data.program import run_program, say  # noqa: E402
 from data.questions import write_questions  # noqa: E402
 
 EXPECTED = {"gqa": 72140, "ocr_vqa": 80000}
@@ -74,11 +75,8 @@ class Sorted:
     """The records of the mix, by what became of them."""
     kept: list = field(default_factory=list)        # questions
     left_out: Counter = field(default_factory=Counter)  # of other sources, without a picture
-    missing: dict = field(default_factory=lambda: {kind: [] for kind in EXPECTED})  # pictures
+    missing: list = field(default_factory=list)     # pictures
     malformed: list = field(default_factory=list)   # what is wrong, in words
-
-    def lost(self):
-        return [image for images in self.missing.values() for image in images]
 
 
 def sort(records, root, all_turns):
@@ -98,7 +96,7 @@ def sort(records, root, all_turns):
             found.malformed.append(f"record {index} ({type(error).__name__}: {error})")
             continue
         if not usable(root / image):
-            found.missing[kind].append(image)
+            found.missing.append(image)
             continue
         count = len(questions) if all_turns else 1
         found.kept.append({
@@ -123,27 +121,25 @@ def read_records(file):
 
 
 def first_few(texts):
-    return printable(", ".join(texts[:3])) + (" ..." if len(texts) > 3 else "")
+    return ", ".join(texts[:3]) + (" ..." if len(texts) > 3 else "")
 
 
 def report(found, root):
     counts = Counter(question["kind"] for question in found.kept)
+    missing = Counter(map(source, found.missing))
     for kind, expected in EXPECTED.items():
         print(f"{kind:8} {counts[kind]:7,} kept of about {expected:,}, "
-              f"{len(found.missing[kind]):,} without a usable picture")
+              f"{missing[kind]:,} without a usable picture")
     print(f"left out {found.left_out['other sources']:,} other sources, "
           f"{found.left_out['text only']:,} text only, {len(found.malformed):,} malformed")
-    lost = found.lost()
-    if lost:
-        print(f"warning: pictures missing or empty: {first_few(lost)}; "
-              f"looked in {printable(root)}. OCR-VQA pictures that were saved as .gif or .png "
-              "must be saved again as .jpg", file=sys.stderr)
-    bad = [image for image in lost if image.endswith(BAD)]
+    if found.missing:
+        say(f"warning: pictures missing or empty: {first_few(found.missing)}; looked in {root}. "
+            "OCR-VQA pictures that were saved as .gif or .png must be saved again as .jpg")
+    bad = [image for image in found.missing if image.endswith(BAD)]
     if bad:
-        print(f"note: {printable(', '.join(bad))}: known to be broken in public copies; "
-              "nothing to repair", file=sys.stderr)
+        say(f"note: {', '.join(bad)}: known to be broken in public copies; nothing to repair")
     if found.malformed:
-        print(f"warning: malformed: {first_few(found.malformed)}", file=sys.stderr)
+        say(f"warning: malformed: {first_few(found.malformed)}")
 
 
 def run(args):
@@ -156,19 +152,14 @@ def run(args):
         raise BadInput(f"{out}: would be overwritten by its own result; give --out another name")
     records = read_records(args.file)
     found = sort(records, root, args.all_turns)
-    lost = found.lost()
-    if lost and not found.kept:
-        raise BadInput(f"{root}: none of the {len(lost)} pictures is here, the first is {lost[0]}; "
-                       "name its folder with --images")
+    if found.missing and not found.kept:
+        raise BadInput(f"{root}: none of the {len(found.missing)} pictures is here, the first is "
+                       f"{found.missing[0]}; name its folder with --images")
     if not found.kept:
         raise BadInput(f"{args.file}: no GQA or OCR-VQA record among {len(records)}; "
                        "is it llava_v1_5_mix665k.json?")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_questions(out, root, found.kept)
-    except OSError as error:
-        raise BadInput(f"{out}: {error.strerror or error}; "
-                       "give --out a place that can be written") from None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_questions(out, root, found.kept)
     report(found, root)
     name = printable(os.path.relpath(out))
     flags = f" --data {name}" if args.out else ""  # without --data, train.py reads the default
@@ -177,7 +168,7 @@ def run(args):
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__,
+    p = argparse.ArgumentParser("llava_mix.py", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("file", type=Path, metavar="FILE", help="llava_v1_5_mix665k.json")
     p.add_argument("--images", type=Path, required=True, metavar="DIR",
@@ -186,21 +177,11 @@ def parser():
                    help="whole conversations, not the first question only")
     p.add_argument("--out", type=Path, metavar="FILE",
                    help="default: llava_mix.jsonl beside this script")
-    p.error = lambda message: fail(f"{message}; see --help")  # one line instead of the usage text
     return p
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
-    try:
-        run(args)
-    except BadInput as error:
-        fail(error)
-
-
-def fail(message):
-    print("llava_mix.py:", printable(" ".join(str(message).split())), file=sys.stderr)
-    sys.exit(2)
+    run_program(parser(), run, argv)
 
 
 if __name__ == "__main__":

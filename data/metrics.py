@@ -39,7 +39,7 @@ CONTRACTIONS["somebody'd"] = "somebodyd"  # quirk: the table has this pair the w
 
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4",
            "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
-PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+PUNCTUATION = ";/[]\"{}()=+\\_-><@`!"
 
 # HR-Bench: a reply holding one of these is a refusal.
 REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
@@ -63,7 +63,7 @@ def normalise(text):
     >>> [normalise(t) for t in ("The Coca-Cola", "12,345", "U.S.A.", "3.5", "none", "dont")]
     ['coca cola', '12345', 'usa', '3.5', '0', "don't"]
     """
-    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     text = text.replace("\n", " ").replace("\t", " ").strip()
     before = text
     for mark in PUNCTUATION:  # at a word's edge it goes; inside words it parts them: 7-up -> 7 up
@@ -150,7 +150,7 @@ def ocrbench(prediction, answers, dataset):
     prediction = prediction.lower().strip().replace("\n", " ")
     if dataset == "HME100k":
         prediction = prediction.replace(" ", "")
-       # quirk: only the reply is lower-cased, so an answer with a capital never matches
+        # quirk: only the reply is lower-cased, so an answer with a capital never matches
         answers = [re.sub("[\n ]", "", answer.strip()) for answer in answers]
     else:
         answers = [answer.lower().strip().replace("\n", " ") for answer in answers]
@@ -199,7 +199,7 @@ def hr_letter(prediction, options):
         return named[0]
     if not named and "Z" in words:
         return "Z"
-    inside = [letter for letter, text in options.items() if str(text).lower() in prediction.lower()]
+    inside = [letter for letter, text in options.items() if text.lower() in prediction.lower()]
     return inside[0] if len(inside) == 1 else None
 
 
@@ -214,34 +214,18 @@ def mean(values):
 
 # ------------------------------------------------------------------------- many replies, one figure
 
-def pope_counts(pairs):
-    """-> (right "yes", wrong "yes", wrong "no") of (reply, answer) pairs."""
-    pairs = [(reply.strip().lower(), answer.strip().lower()) for reply, answer in pairs]
-    # quirk: "maybe" is neither a yes nor a no, so it is no miss
-    return pairs.count(("yes", "yes")), pairs.count(("yes", "no")), pairs.count(("no", "yes"))
-
-
-def pope_f1(pairs):
-    """F1 of "yes" over (reply, answer) pairs. The published POPE numbers pool all three files.
-
-    >>> pope_f1([("Yes", "yes"), ("yes", "no"), ("no", "no"), ("no", "yes"), ("maybe", "yes")])
-    0.5
-    """
-    right, wrong_yes, wrong_no = pope_counts(pairs)
-    return 2 * right / max(1, 2 * right + wrong_yes + wrong_no)
-
-
-def pope_pairs(rows):
-    return [(row["prediction"], row["answers"][0]) for row in rows]
-
-
-def pope_details(rows):
-    return {"accuracy": mean(row["score"] for row in rows), "score": pope_f1(pope_pairs(rows))}
-
-
 def pope_official(rows):
-    right, wrong_yes, wrong_no = pope_counts(pope_pairs(rows))
-    return {"F1": 100 * pope_f1(pope_pairs(rows)),
+    """POPE: F1, precision and recall of "yes". The published numbers pool all three files.
+
+    >>> pairs = ("Yes", "yes"), ("yes", "no"), ("no", "no"), ("no", "yes"), ("maybe", "yes")
+    >>> pope_official([{"prediction": a, "answers": [b], "score": a == b} for a, b in pairs])["F1"]
+    50.0
+    """
+    pairs = [(row["prediction"].strip().lower(), row["answers"][0].strip().lower()) for row in rows]
+    # quirk: "maybe" is neither a yes nor a no, so it is no miss
+    right, wrong_yes = pairs.count(("yes", "yes")), pairs.count(("yes", "no"))
+    wrong_no = pairs.count(("no", "yes"))
+    return {"F1": 100 * 2 * right / max(1, 2 * right + wrong_yes + wrong_no),
             "accuracy": 100 * mean(row["score"] for row in rows),
             "precision": 100 * right / max(1, right + wrong_yes),
             "recall": 100 * right / max(1, right + wrong_no)}
@@ -259,21 +243,12 @@ def over_cycles(rows):
     return mean(mean(scores) for scores in cycles.values())
 
 
-def hr_summary(rows):
-    """HR-Bench: FSP (single objects), FCP (several) and both, each a mean over rotations."""
-    return {"FSP": over_cycles([row for row in rows if row.get("kind") == "single"]),
-            "FCP": over_cycles([row for row in rows if row.get("kind") == "cross"]),
-            "average": over_cycles(rows)}
-
-
-def hr_details(rows):
-    summary = hr_summary(rows)
-    return summary | {"score": summary["average"]}
-
-
 def hr_official(rows):
-    summary = hr_summary(rows)
-    return {name: 100 * summary[name] for name in ("average", "FSP", "FCP")}
+    """HR-Bench: FSP (single objects), FCP (several) and both, each a mean over rotations."""
+    single = [row for row in rows if row.get("kind") == "single"]
+    cross = [row for row in rows if row.get("kind") == "cross"]
+    parts = {"average": rows, "FSP": single, "FCP": cross}
+    return {name: 100 * over_cycles(part) for name, part in parts.items()}
 
 
 OCRBENCH_GROUPS = {  # what the kinds are added up to: 300, 200, 200, 200 and 100 questions
@@ -302,9 +277,8 @@ def mean_official(rows):
 def kinds_official(rows):
     """The mean, and that of each kind."""
     kinds = sorted({row["kind"] for row in rows if row.get("kind")})
-    of_kind = {kind: [row for row in rows if row.get("kind") == kind] for kind in kinds}
-    return {"mean": 100 * mean(row["score"] for row in rows)} | {
-        kind: 100 * mean(row["score"] for row in part) for kind, part in of_kind.items()}
+    return mean_official(rows) | {
+        kind: 100 * mean(row["score"] for row in rows if row.get("kind") == kind) for kind in kinds}
 
 
 # -------------------------------------------------------------------------------------- the metrics
@@ -326,7 +300,7 @@ class Metric:
     score: Callable                      # (prediction, answers) -> [0, 1]
     field: str | None = None             # of the question, if score() needs it as a third argument
     official: Callable = mean_official   # rows -> what its authors report, the main figure first
-    details: Callable | None = None      # rows -> what summarise() adds; its "score" is no mean
+    pooled: bool = False                 # that one is no mean of scores, and stands in its place
 
 
 METRICS = {
@@ -336,47 +310,21 @@ METRICS = {
     "relaxed": Metric(relaxed_score, official=kinds_official),
     "ocrbench": Metric(ocrbench, field="dataset", official=ocrbench_official),
     "letter": Metric(letter_score, official=kinds_official),
-    "hr": Metric(hr_score, field="options", official=hr_official, details=hr_details),
+    "hr": Metric(hr_score, field="options", official=hr_official, pooled=True),
     # quirk: POPE wants the bare word, "Yes." is wrong
-    "pope": Metric(exact, official=pope_official, details=pope_details),
+    "pope": Metric(exact, official=pope_official, pooled=True),
 }
 
 
 def score(question, prediction):
-    """The score of one reply to one question of a question file. Raises ValueError.
+    """The score of one reply to one question of a question file, which has answers.
 
     >>> score({"metric": "letter", "answers": ["B"]}, "(B)"), score({"answers": ["Red"]}, "red ")
     (1.0, 1.0)
     """
-    metric, answers = question.get("metric", "exact"), question.get("answers")
-    if isinstance(answers, str):
-        answers = [answers]
-    if not answers:
-        raise ValueError("a question without answers can not be scored")
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; known: {' '.join(METRICS)}")
-    rule = METRICS[metric]
+    rule = METRICS[question.get("metric", "exact")]
     extra = [question.get(rule.field)] if rule.field else []
-    return rule.score(prediction, answers, *extra)
-
-
-def summarise(metric, rows):
-    """One table from rows {"score", "kind"?, "answers", "prediction", "cycle"?}.
-
-    "score" is what papers print: F1 for POPE (its accuracy stands beside it), the mean over
-    rotations for HR-Bench, else the mean.
-
-    >>> summarise("letter", [{"score": 1.0, "kind": "near"}, {"score": 0.0, "kind": "far"}])
-    {'score': 0.5, 'questions': 2, 'kinds': {'far': 0.0, 'near': 1.0}}
-    """
-    table = {"score": mean(row["score"] for row in rows), "questions": len(rows)}
-    if METRICS[metric].details:
-        table |= METRICS[metric].details(rows)
-    kinds = sorted({row["kind"] for row in rows if row.get("kind")})
-    if len(kinds) > 1:
-        table["kinds"] = {kind: mean(row["score"] for row in rows if row.get("kind") == kind)
-                          for kind in kinds}
-    return table
+    return rule.score(prediction, question["answers"], *extra)
 
 
 # ---------------------------------------------------------------------------------- the paper's own
@@ -437,15 +385,14 @@ def compare(questions, methods, say=print):
     methods: {name: f(picture, question) -> answer}; a question is a dict of a question file.
     """
     scores, seconds = {m: {} for m in methods}, dict.fromkeys(methods, 0.0)
-    for n in range(len(questions)):
-        picture, q = questions[n]
+    for n, (picture, q) in enumerate(questions, 1):
         for m, ask in methods.items():
             began = time.perf_counter()
             reply = ask(picture, q)
             seconds[m] += time.perf_counter() - began
             scores[m].setdefault(q["kind"], []).append(score(q, reply))
-        if (n + 1) % 50 == 0:
-            say(f"question {n + 1}/{len(questions)}")
+        if n % 50 == 0:
+            say(f"question {n}/{len(questions)}")
     kinds = list(next(iter(scores.values())))
     head = "".join(f"{printable(kind):>9}" for kind in kinds)
     lines = [f"{'':15}{head}{'all':>9}{'s/question':>12}"]
@@ -460,8 +407,8 @@ def raster(boxes, size, side=256):
     """Which cells of side x side over a picture of `size` (w, h) the boxes (pixels) cover, bool."""
     canvas = np.zeros((side, side), bool)
     for x0, y0, x1, y1 in boxes:
-        x0, x1 = (round(side * x / size[0]) for x in (x0, x1))
-        y0, y1 = (round(side * y / size[1]) for y in (y0, y1))
+        x0, x1 = (min(max(round(side * x / size[0]), 0), side) for x in (x0, x1))
+        y0, y1 = (min(max(round(side * y / size[1]), 0), side) for y in (y0, y1))
         canvas[y0:max(y1, y0 + 1), x0:max(x1, x0 + 1)] = True
     return canvas
 
@@ -473,9 +420,11 @@ def overlap(crops, boxes, size):
     (True, 0.5)
     """
     seen, wanted = raster(crops, size), raster(boxes, size)
-    covered = [(raster([box], size) & seen).sum() >= 0.5 * raster([box], size).sum()
-               for box in boxes]
-    return all(map(bool, covered)), float((seen & wanted).sum() / max((seen | wanted).sum(), 1))
+    covered = []
+    for box in boxes:
+        cells = raster([box], size)  # none, if the box lies outside
+        covered.append(bool(cells.any() and (cells & seen).sum() >= 0.5 * cells.sum()))
+    return all(covered), float((seen & wanted).sum() / max((seen | wanted).sum(), 1))
 
 
 def measures_of(rows, two_stage):
@@ -534,7 +483,7 @@ def side_by_side(rows, questions, say=print, config=None):
     sizes, by which the paper's figures are found.
     """
     names = [name for name in ("plain", "two_stage") if name in rows[0]]
-    metric = questions[0].get("metric", "exact")
+    metric, benchmark = shared(questions, "metric", "exact"), shared(questions, "benchmark")
     by_name = {name: [row | row[name] | {"prediction": row[name]["answer"]} for row in rows]
                for name in names}
     parts = {}
@@ -552,14 +501,16 @@ def side_by_side(rows, questions, say=print, config=None):
         say("lost: plain right, two-stage wrong; won: the reverse")
     if any(name == "recall" for name, _, _ in head):
         say("recall: the crops cover half of every true box")
-    benchmark = shared(questions, "benchmark")
-    of_one_rule = shared(questions, "metric", "exact") is not None
-    if of_one_rule and (benchmark or METRICS[metric].official is not mean_official):
+    result = {name: round(100 * mean(row["score"] for row in part), 2)
+              for name, part in by_name.items()}
+    result |= {"questions": len(rows), "metric": metric}
+    rule = METRICS.get(metric)  # None: the questions are of several
+    if rule and rule.pooled:
+        result["official"] = {
+            name: {figure: round(value, 2) for figure, value in rule.official(part).items()}
+            for name, part in by_name.items()}
+        result |= {name: next(iter(of.values())) for name, of in result["official"].items()}
+    if rule and (benchmark or rule.official is not mean_official):
         for line in official_lines(metric, benchmark, by_name, paper_model(config or {})):
             say(line)
-    whole = {name: summarise(metric, part) for name, part in by_name.items()}
-    result = {name: round(100 * whole[name]["score"], 2) for name in names}
-    result |= {"questions": len(rows), "metric": metric}
-    if METRICS[metric].details:
-        result["details"] = whole
     return result

@@ -4,7 +4,7 @@
     run.restore(rpn, optimizer)
     for step in run.steps():                 # from the resume point on; Ctrl-C ends after a step
         for i in run.share(step): ...        # this process's samples
-        tally = run.reduce(tally, rpn)       # gradients and counts of all processes
+        tally = run.reduce(tally)            # gradients and counts of all processes
         run.record(tally, lr)
     run.finish(rpn, facts)
 
@@ -32,8 +32,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from clip import BadInput, printable
-from data.files import write_file, write_text
+from clip import BadInput
+from data.files import load_state, save_state, write_file, write_text
+from data.program import say
 
 try:
     import fcntl
@@ -44,23 +45,6 @@ FILES = ("config.json", "resume.safetensors", "rpn.safetensors", "log.jsonl", "s
          "report.png")
 LABELS = re.compile(r"\d{6,}-\d+of\d+\.safetensors")
 SHUT = (SafetensorError, KeyError, TypeError, ValueError, RuntimeError)  # how a damaged file shows
-
-
-def say(*words, end="\n"):
-    """Print to stderr, from one process."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        words = [printable(word, keep="\n") for word in words]
-        print(*words, end=end, file=sys.stderr, flush=True)
-
-
-def first_to_fail():
-    """Is this the process that says what is wrong? The others stop for the same reason."""
-    if not dist.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
-    try:
-        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except RuntimeError:  # the store went with the process that failed first
-        return False
 
 
 @dataclass
@@ -89,8 +73,8 @@ class Labels:
                 continue
             try:
                 samples, targets, responses = self.load(path)
-                rows = zip(samples, range(len(samples)), targets, responses, strict=True)
-                self.where |= {i: (path, row) for i, row, _, _ in rows}
+                rows = enumerate(zip(samples, targets, responses, strict=True))
+                self.where |= {i: (path, row) for row, (i, _, _) in rows}
             except (FileNotFoundError, *SHUT):  # another process may have been quicker
                 path.unlink(missing_ok=True)
 
@@ -166,9 +150,8 @@ class Run:
         self.lock()
         if self.fresh:
             self.clear()
-            old = None
-        else:
-            old = self.read_marker(config)  # again: one that has ended meanwhile may have made it
+        # again: one that has ended meanwhile may have made it
+        old = None if self.fresh else self.read_marker(config)
         for leftover in [*self.out.glob("*.partial"), *self.out.glob("labels/*.partial")]:
             of = leftover.name.removesuffix(".partial")
             if of in FILES or LABELS.fullmatch(of):
@@ -251,7 +234,9 @@ class Run:
         path = self.out / "resume.safetensors"
         if path.is_file():
             try:
-                self.load(path)
+                facts = load_state(path, {"rpn": rpn}, optimizer)
+                self.step, self.so_far = facts["step"], Tally(*facts["so_far"])
+                self.skipped = {int(i): why for i, why in facts["skipped"].items()}
             except (*SHUT, AttributeError):
                 raise BadInput(f"{path}: damaged; delete it to start at step 0 with the labels "
                                "kept, or use --fresh") from None
@@ -262,34 +247,11 @@ class Run:
             lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
             write_text(log, "".join(line + "\n" for line in lines[:self.step]))
 
-    def load(self, path):
-        with safe_open(path, framework="pt") as f:
-            device = next(self.rpn.parameters()).device
-            tensors = {key: f.get_tensor(key).to(device) for key in f.keys()}
-            facts = json.loads(f.metadata()["run"])
-        self.step, self.so_far = facts["step"], Tally(*facts["so_far"])
-        self.skipped = {int(i): why for i, why in facts["skipped"].items()}
-        weights = {key[4:]: tensor for key, tensor in tensors.items() if key.startswith("rpn.")}
-        self.rpn.load_state_dict(weights)
-        for i, p in enumerate(self.rpn.parameters()):
-            own = f"adam.{i}."
-            moments = {key.removeprefix(own): t.clone()
-                       for key, t in tensors.items() if key.startswith(own)}
-            if "step" in moments:
-                moments["step"] = moments["step"].cpu()
-            self.optimizer.state[p] = moments
-
     def save(self):
         """resume.safetensors. The order of the data needs no state: it follows from the seed."""
-        if self.rank:
-            return
-        tensors = {f"rpn.{key}": tensor for key, tensor in self.rpn.state_dict().items()}
-        for i, p in enumerate(self.rpn.parameters()):
-            tensors |= {f"adam.{i}.{key}": t for key, t in self.optimizer.state.get(p, {}).items()}
-        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        facts = {"step": self.step, "so_far": astuple(self.so_far), "skipped": self.skipped}
-        path, metadata = self.out / "resume.safetensors", {"run": json.dumps(facts)}
-        write_file(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+        if self.rank == 0:
+            facts = {"step": self.step, "so_far": astuple(self.so_far), "skipped": self.skipped}
+            save_state(self.out / "resume.safetensors", {"rpn": self.rpn}, self.optimizer, facts)
 
     # ---- the loop
 
@@ -333,17 +295,17 @@ class Run:
     def skip(self, sample, why):
         self.skipped[sample] = str(why)
 
-    def reduce(self, tally, rpn):
+    def reduce(self, tally):
         """Sum counts and gradients over the processes, and share the list of what was skipped."""
         if self.world == 1:
             return tally
-        device = next(rpn.parameters()).device
+        device = next(self.rpn.parameters()).device
         total = torch.tensor(astuple(tally), dtype=torch.float64, device=device)
         dist.all_reduce(total)
         everywhere = [None] * self.world
         dist.all_gather_object(everywhere, self.skipped)
         self.skipped = {i: why for skipped in everywhere for i, why in skipped.items()}
-        for p in rpn.parameters():
+        for p in self.rpn.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
         return Tally(*total.tolist())

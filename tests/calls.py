@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,25 +33,30 @@ from data import draw  # noqa: E402
 ROOT = fuzz.ROOT
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """ckpt, data (24 questions), image, and `whole`: the folder of an undisturbed run of 6 steps."""
+def make(folder):
+    """ckpt, data (24 questions), image, and two runs: `whole`, undisturbed, of 6 steps, and `half`, stopped after 2."""
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("made")
-    made = type("Made", (), {"ckpt": fuzz.tiny(folder / "llava-tiny"), "data": fuzz.question_file(folder / "set", 24),
-                             "image": folder / "set/pictures/0.png", "whole": folder / "whole"})
+    made = SimpleNamespace(ckpt=fuzz.tiny(folder / "llava-tiny"), data=fuzz.question_file(folder / "set", 24),
+                           image=folder / "set/pictures/0.png", whole=folder / "whole", half=folder / "half")
     with pytest.MonkeyPatch.context() as m:
         m.setattr(train, "ROOT", folder)
+        m.setattr(train, "report", dot)
         assert fuzz.quiet(train, argv(made, made.whole)) == 0
+        assert fuzz.quiet(train, argv(made, made.half), stop_after=2) == 130
     return made
+
+
+def dot(*how):
+    """In place of train.report, which takes a third of a run's time."""
+    draw.save(Image.new("RGB", (1, 1)), how[-1])
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """What the programs write by themselves goes to tmp_path; report.png, a third of a run's time, is a dot."""
+    """What the programs write by themselves goes to tmp_path; report.png is a dot."""
     for program in (infer, train):
         monkeypatch.setattr(program, "ROOT", tmp_path)
-    monkeypatch.setattr(train, "report", lambda *a: draw.save(Image.new("RGB", (1, 1)), a[-1]))
+    monkeypatch.setattr(train, "report", dot)
     torch.set_num_threads(1)
     before = signal.getsignal(signal.SIGINT)
     yield tmp_path

@@ -14,6 +14,13 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A tiny checkpoint and finished runs of it, for the tests of the programs; they change nothing in it."""
+    import calls
+    return calls.make(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="session")
 def load(tmp_path_factory):
     """load(config name, dtype, ...): a tiny LLaVA read from a folder written for it; each is made once."""
     from formula import CONFIGS, write_checkpoint

@@ -37,12 +37,13 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import ablations  # noqa: E402 (the project is on the path only now)
 import heads as finder  # noqa: E402
 import peers as rivals  # noqa: E402
+import plots  # noqa: E402
 import train  # noqa: E402
 from ablations import Ablation  # noqa: E402
 from clip import BadInput, printable  # noqa: E402
-from data import draw, metrics, plots  # noqa: E402
+from data import draw, metrics  # noqa: E402
 from data.files import write_text  # noqa: E402
-from data.run import say  # noqa: E402
+from data.program import run_program, say  # noqa: E402
 from data.toy.scenes import KINDS, ToyQuestions  # noqa: E402
 from model import KNOWN, ROOT, find_checkpoint, load, read_family, run_name  # noqa: E402
 from sdrpn import (RELEASED_TRAINING, RPN, load_recipe, recipe_for, released_recipe, teach,  # noqa: E402
@@ -640,7 +641,7 @@ def head_lines(seen, with_boxes):
 
 def found_recipe(m, pairs, c, shipped):
     """The recipe of these heads; what was not looked for is the shipped one's, else LLaVA-1.5's."""
-    L, H = m.depth, m.config["num_attention_heads"]
+    H = m.config["num_attention_heads"]
     B, R = known_depths(m)
     rest = {"frozen": B, "layers": R, "tau": 0.15, "train": RELEASED_TRAINING}
     if shipped:
@@ -681,7 +682,7 @@ COMMANDS = {f.__name__: f for f in (table3, table4a, table4b, table7, table8, ta
 
 
 def parser():
-    p = argparse.ArgumentParser(description="The paper's tables and figures.",
+    p = argparse.ArgumentParser("tables.py", description="The paper's tables and figures.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add("what", choices=COMMANDS, help="see the top of this file")
@@ -719,27 +720,15 @@ def check_flags(args):
             raise BadInput(f"--values: whole numbers from 1 on are needed for {args.what}")
 
 
-def fail(message, code=2):
-    print("tables.py:", str(BadInput(message)), file=sys.stderr)
-    sys.exit(code)
+def work(args):
+    args.seeds, args.made = list(dict.fromkeys(args.seeds)), set()
+    check_flags(args)
+    COMMANDS[args.what](args)
 
 
 def main(argv=None):
-    p = parser()
-    p.error = lambda message: fail(f"{message}; see python tests/tables.py --help")
-    args = p.parse_args(argv)
-    args.seeds, args.made = list(dict.fromkeys(args.seeds)), set()
-    try:
-        check_flags(args)
-        COMMANDS[args.what](args)
-    except (BadInput, FloatingPointError) as e:
-        fail(e)
-    except (torch.OutOfMemoryError, MemoryError):
-        fail("out of memory; use --dtype float16, lower --max-new-tokens, or --device cpu")
-    except OSError as e:
-        fail(f"{e.filename or 'output'}: {e.strerror or e}; check the path, the rights and the free space")
-    except KeyboardInterrupt:
-        fail("stopped; finished trainings are kept, and the same command goes on", 130)
+    run_program(parser(), work, argv, memory="use --dtype float16, lower --max-new-tokens, or --device cpu",
+                again="finished trainings are kept, and the same command goes on")
 
 
 if __name__ == "__main__":

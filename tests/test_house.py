@@ -1,5 +1,8 @@
 """The shape of the house: what imports what, what runs alone, how wide and how long the code may be."""
 import ast
+import doctest
+import functools
+import importlib
 import os
 import re
 import shutil
@@ -21,6 +24,7 @@ def name_of(path):
     return path.relative_to(ROOT).as_posix()
 
 
+@functools.cache
 def parse(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -132,12 +136,6 @@ def test_imports_point_one_way():
     assert ours(ROOT / "sdrpn.py") == {"clip", "model"} and "data.run" in ours(ROOT / "train.py")  # it sees something
 
 
-def test_only_tests_import_train_or_infer():
-    def wrong(path):
-        return [f"imports {module}" for module in ours(path) & {"train", "infer"}]
-    assert every(wrong, PRODUCT) == []
-
-
 def test_run_time_packages():
     def foreign(path):
         tops = {module.split(".")[0] for module in imports(path) - ours(path)}
@@ -154,6 +152,17 @@ def test_run_time_packages():
 def test_no_family_is_named(name):
     found = re.findall(r"qwen|deepseek", (ROOT / name).read_text(encoding="utf-8"), re.IGNORECASE)
     assert found == []
+
+
+# ---- examples
+
+@pytest.mark.parametrize("path", [path for path in PRODUCT + TESTS if re.search(
+    "^ *>>> ", path.read_text(encoding="utf-8"), re.MULTILINE)], ids=name_of)
+def test_examples_in_docstrings(path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "data/toy"))
+    package = "" if path.parent in (ROOT, ROOT / "tests", ROOT / "data/toy") else f"{path.parent.name}."
+    result = doctest.testmod(importlib.import_module(package + path.stem))
+    assert result.attempted > 0 and result.failed == 0
 
 
 # ---- what runs alone
@@ -231,7 +240,7 @@ def test_a_students_script_beside_three_copied_files(places):
     assert run.stdout == f"{want.text} {len(want.boxes)}\n"
 
 
-@pytest.mark.parametrize("script", ["train.py", "infer.py", "data/toy/scenes.py"])
+@pytest.mark.parametrize("script", ["infer.py", "data/llava_mix.py", "data/toy/scenes.py"])
 def test_a_package_named_data_elsewhere_is_not_ours(places, script):
     stranger, elsewhere = places
     for name in ("data", "data/toy"):

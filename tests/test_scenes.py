@@ -19,22 +19,22 @@ def thing(shape, box, text="cat"):
 
 
 def test_a_pair_is_near_if_its_common_box_covers_a_third_at_most():
-    star, ring, house = (thing("star", (0, 0, 100, 100)), thing("ring", (200, 0, 300, 100)),
-                         thing("house", (500, 500, 600, 600)))
-    assert scenes.near_pairs([star, ring, house], 672) == [(star, ring)]  # 600 x 600 is more than a third of 672 x 672
-    assert scenes.near_pairs([star, ring], 300) == [(star, ring)]  # 300 x 100 is a third exactly
+    star, ring, house = (thing("star", (0, 0, 100, 100)), thing("ring", (572, 124, 672, 224)),
+                         thing("house", (500, 125, 600, 225)))
+    assert scenes.near_pairs([star, ring]) == [(star, ring)]  # 672 x 224 is a third of 672 x 672 exactly
+    assert scenes.near_pairs([star, ring, house]) == [(star, ring), (star, house), (ring, house)]
+    assert scenes.near_pairs([star, thing("house", (572, 125, 672, 225))]) == []
 
 
 def test_both_asks_for_what_is_on_two_things_in_the_order_asked():
-    scene = scenes.Scene(scenes.Image.new("RGB", (672, 672)),
-                         [thing("star", (0, 0, 100, 100), "4"), thing("ring", (200, 0, 300, 100), "owl")])
-    question, = scenes.candidates(scene, "both")
+    things = [thing("star", (0, 0, 100, 100), "4"), thing("ring", (200, 0, 300, 100), "owl")]
+    question, = scenes.candidates(things, "both")
     assert question == {"question": "What is on the star and the ring?", "answers": ["4 owl"], "kind": "both",
                         "boxes": [[0, 0, 100, 100], [200, 0, 300, 100]]}
 
 
 def test_every_kind_takes_its_turn_and_a_question_depends_on_its_number_alone():
-    stream = list(scenes.make_questions("test", 7))
+    stream = [scenes.make_question("test", i) for i in range(7)]
     assert [q["kind"] for _, q in stream] == [*scenes.KINDS, *scenes.KINDS[:2]]
     scene, question = scenes.make_question("test", 6)
     assert question == stream[6][1] and scene.image.tobytes() == stream[6][0].image.tobytes()

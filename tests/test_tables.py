@@ -447,7 +447,8 @@ def qwen(tmp_path_factory):
         for kind in ("text", "natural"):
             rows.append(dict(image=f"{n}.png", question="What is this?\nAnswer briefly.", kind=kind, answers=["12"],
                              boxes=[[10 * n, 10, 10 * n + 30, 50]]))
-    (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
+    (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "thrice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
     return folder / "tiny-qwen"
 
 
@@ -457,7 +458,7 @@ def qwen(tmp_path_factory):
     ("fig3", [], "sinks removed: inside"), ("heads", [], "gaze heads: ")])
 def test_a_family_whose_grid_follows_the_picture(qwen, capsys, monkeypatch, what, flags, says):
     monkeypatch.setattr(sdrpn, "assign_labels", lambda roi_map, *how, **more: (roi_map > roi_map.median()).long())
-    questions = str(qwen.parent / "q.jsonl")
+    questions = str(qwen.parent / ("thrice.jsonl" if what == "heads" else "q.jsonl"))
     try:
         tables.main([what, "--ckpt", str(qwen), "--out", str(qwen.parent / "out"), "--data", questions,
                      "--eval", questions, "--seeds", "0", "--max-new-tokens", "3", "--device", "cpu",

@@ -1,7 +1,7 @@
 """
 The lessons of pretrain.py: scenes, crowded scenes and pages as arrays on disk, CHUNK a file.
 
-    make_chunks(folder, 0, 28, 2, KINDS, cut)    # every second chunk, in a process of its own
+    make_chunk(folder, "scenes", 0, cut)
     pool = Pool(folder, "scenes")
     batch = pool.sample(random.Random(0), 16)    # 16 times (chunk, row)
 
@@ -10,19 +10,19 @@ mask keeps of it. Where these lie, pretrain.py says: cut(scene, rng).
 Shapes: n = CHUNK, S = SIDE px, g = GRID patches a side, N = g*g; boxes are half-open, in source px.
 """
 import json
-import os
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageDraw
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
-import clip  # noqa: E402 (the project is on the path only now)
-import scenes  # noqa: E402
-from clip import preprocess, preprocess_crop  # noqa: E402
+import clip
+import scenes
+from clip import preprocess, preprocess_crop
+from data.files import write_file
 
 GRID, SIDE, CHUNK = 12, 168, 256
 KINDS = "scenes", "crowded", "pages"
@@ -149,12 +149,8 @@ def blank_chunk():
 
 
 def write_chunk(path, arrays, questions):
-    """Written aside and renamed, so that half a file is never read."""
-    partial = path.with_suffix(f".{os.getpid()}")
-    packed = np.frombuffer(json.dumps(questions).encode(), np.uint8)
-    with open(partial, "wb") as f:
-        np.savez(f, **arrays, questions=packed)
-    os.replace(partial, path)
+    metadata = {"questions": json.dumps(questions)}
+    write_file(path, lambda partial: save_file(arrays, partial, metadata))
 
 
 def make_scenes(path, seed, crowded, cut):
@@ -195,32 +191,26 @@ def make_pages(path, seed):
     write_chunk(path, arrays, [])
 
 
-def make_chunks(folder, first, count, stride, kinds, cut):
-    """Chunks first, first + stride, .. below count (of pages 30 at most) that are not there yet."""
-    os.nice(5)
+def make_chunk(folder, kind, n, cut):
+    """Chunk n of a kind, if it is not there yet."""
+    path = folder / f"{kind}{n:04d}.safetensors"
+    if path.is_file():
+        return
     torch.set_num_threads(1)
-    for n in range(first, count, stride):
-        for kind in kinds:
-            path = folder / f"{kind}{n:04d}.npz"
-            if path.is_file() or (kind == "pages" and n >= 30):
-                continue
-            if kind == "pages":
-                make_pages(path, f"page/{n}")
-            elif kind == "crowded":
-                make_scenes(path, f"crowded/{n}", crowded=True, cut=cut)
-            else:
-                make_scenes(path, f"pairs/{n}", crowded=False, cut=cut)
+    if kind == "pages":
+        make_pages(path, f"page/{n}")
+    elif kind == "crowded":
+        make_scenes(path, f"crowded/{n}", crowded=True, cut=cut)
+    else:
+        make_scenes(path, f"pairs/{n}", crowded=False, cut=cut)
 
 
 # ------------------------------------------------------------------------------------ chunks read
 
-def shift(x, dy, dx, fill):
-    """x (..., g, g) moved down by dy and right by dx, each -1, 0 or 1; `fill` comes in."""
-    out = np.full_like(x, fill)
-    to_y, to_x = slice(max(dy, 0), GRID + min(dy, 0)), slice(max(dx, 0), GRID + min(dx, 0))
-    from_y, from_x = slice(max(-dy, 0), GRID + min(-dy, 0)), slice(max(-dx, 0), GRID + min(-dx, 0))
-    out[..., to_y, to_x] = x[..., from_y, from_x]
-    return out
+def around(x, fill):
+    """x (..., g, g) -> (..., g, g, 3, 3): each patch amid its neighbours; beyond the edge, fill."""
+    edge = [(0, 0)] * (x.ndim - 2) + [(1, 1), (1, 1)]
+    return sliding_window_view(np.pad(x, edge, constant_values=fill), (3, 3), (-2, -1))
 
 
 def keep_cores(classes):
@@ -230,13 +220,9 @@ def keep_cores(classes):
     """
     text = classes[..., 3].reshape(*classes.shape[:-2], GRID, GRID).copy()
     for _ in range(3):
-        inner = text >= 0
-        for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0)):
-            inner &= shift(text, dy, dx, -100) == text
-        near = inner.copy()
-        for dy in (-1, 0, 1):
-            for dx in (-1, 0, 1):
-                near |= shift(inner, dy, dx, False)
+        sides = around(text, -100)[..., (0, 1, 1, 2), (1, 0, 2, 1)]  # above, left, right, below
+        inner = (text >= 0) & (sides == text[..., None]).all(-1)
+        near = around(inner, False).any((-2, -1))
         text[near & ~inner] = -100
     classes[..., 3] = text.reshape(classes.shape[:-1])
 
@@ -246,10 +232,10 @@ class Pool:
 
     def __init__(self, folder, kind):
         self.chunks = []
-        for path in sorted(folder.glob(f"{kind}????.npz")):
-            with np.load(path) as f:
-                chunk = {k: f[k] for k in ("pixels", "classes", "cells", "keep", "empty")}
-                chunk["questions"] = json.loads(f["questions"].tobytes())
+        for path in sorted(folder.glob(f"{kind}????.safetensors")):
+            with safe_open(path, framework="np") as f:
+                chunk = {key: f.get_tensor(key) for key in f.keys()}
+                chunk["questions"] = json.loads(f.metadata()["questions"])
             if kind != "pages":
                 keep_cores(chunk["classes"])
             self.chunks.append(chunk)

@@ -33,11 +33,11 @@ import copy
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,6 @@ import sentencepiece
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -54,9 +53,10 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
 import lessons  # noqa: E402 (the project is on the path only now)
 import scenes  # noqa: E402
+from data.files import load_state, save_state  # noqa: E402
 from lessons import (CLASSES, CROPS, GRID, SIDE, VIEWS, Pool, cells_over, stored,  # noqa: E402
                      to_pixels, whole)
-from model import SYSTEM, LLaVA, rope_table, rotate  # noqa: E402
+from model import SYSTEM, LLaVA, rotate  # noqa: E402
 from sdrpn import Letterbox, find_regions, kept_cells, union  # noqa: E402
 
 N = GRID * GRID
@@ -102,7 +102,8 @@ class Heads(nn.Module):
 def train_tokenizer(path):
     """BPE on questions, answers and the system prompt; bytes 3..258, digits apart, as LLaMA's."""
     lines = [SYSTEM + " USER:"] * 50
-    for scene, _ in scenes.make_questions("tokeniser", 300):
+    for i in range(300):
+        scene, _ = scenes.make_question("tokeniser", i)
         lines += [f"USER: {q['question']} ASSISTANT: {q['answers'][0]}"
                   for q in scenes.all_questions(scene, random.Random(0))]
     names = (*scenes.WORDS, *scenes.SHAPES, *scenes.COLOURS)
@@ -123,7 +124,7 @@ def train_tokenizer(path):
 
 def pick(scene, rng):
     """What a crop is about: one thing, two near each other, or any two."""
-    pairs = scenes.near_pairs(scene.things, max(scene.image.size))
+    pairs = scenes.near_pairs(scene.things)
     chance = rng.random()
     if chance < 0.45 or (chance < 0.8 and not pairs):
         return [rng.choice(scene.things)]
@@ -377,7 +378,7 @@ def row_attention(llava, layer, h, heads, rows, start, lengths):
     """
     block = llava.language_model.layers[layer]
     a, x = block.self_attn, block.input_layernorm(h)
-    rope = rope_table(torch.arange(h.shape[1]), a.d, llava.config["rope_theta"])
+    rope = llava.rope(torch.arange(h.shape[1]))
     q = rotate(a.split(a.q_proj(x))[:, heads], rope)  # (b, heads, T, d)
     q = q.gather(2, rows[:, None, :, None].expand(-1, len(heads), -1, a.d)).float()
     k = rotate(a.split(a.k_proj(x))[:, heads], rope)[:, :, start:start + max(lengths)].float()
@@ -480,32 +481,6 @@ def decoder_report(llava, pool):
 
 # ---------------------------------------------------------------------------------------- the loop
 
-def save_state(path, modules, optimizer, info):
-    """Weights, AdamW moments and counters in one safetensors file, written aside and renamed."""
-    tensors = {f"{name}.{k}": v.detach().contiguous()
-               for name, m in modules.items() for k, v in m.state_dict().items()}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in enumerate(parameters):
-        for k, v in optimizer.state.get(p, {}).items():
-            tensors[f"adam.{i}.{k}"] = v.detach().contiguous()
-    save_file(tensors, f"{path}.partial", metadata={"info": json.dumps(info)})
-    os.replace(f"{path}.partial", path)
-
-
-def load_state(path, modules, optimizer):
-    with safe_open(path, framework="pt") as f:
-        tensors, info = {k: f.get_tensor(k).clone() for k in f.keys()}, f.metadata()["info"]
-
-    def below(prefix):
-        return {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
-    for name, m in modules.items():
-        m.load_state_dict(below(f"{name}."))
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in enumerate(parameters):
-        optimizer.state[p] = below(f"adam.{i}.")
-    return json.loads(info)
-
-
 def trained_modules(phase, llava, heads):
     if phase == "tower":
         return [llava.vision_tower, heads.patches]
@@ -547,13 +522,6 @@ def prepare(phase, llava, heads):
     return optimizer, parameters
 
 
-def kernels(phase):
-    """The faster attention kernels on a CPU."""
-    if phase in ("tower", "registers"):
-        return [SDPBackend.MATH]
-    return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-
-
 def step_loss(phase, llava, heads, old_tower, pools, rng, step):
     """-> the loss of one step, and what of it is shown in the log."""
     pool, crowded, pages = pools
@@ -586,6 +554,9 @@ def train(phase, llava, heads, pools, work, log):
     p, modules = PHASES[phase], {"llava": llava, "heads": heads}
     old_tower = copy.deepcopy(llava.vision_tower)
     optimizer, parameters = prepare(phase, llava, heads)
+    kernels = [SDPBackend.MATH]  # the faster ones on a CPU
+    if phase not in ("tower", "registers"):
+        kernels.insert(0, SDPBackend.FLASH_ATTENTION)
     path, step, seconds, mean = work / f"{phase}.safetensors", 0, 0.0, {}
     if path.is_file():
         info = load_state(path, modules, optimizer)
@@ -593,10 +564,9 @@ def train(phase, llava, heads, pools, work, log):
     began = time.time() - seconds
     while step < p.steps:
         rng = random.Random(f"{phase}/{step}")
-        torch.manual_seed(step)
         cosine = 0.02 + 0.49 * (1 + math.cos(math.pi * step / p.steps))
         optimizer.param_groups[0]["lr"] = lr = p.lr * min(1, (step + 1) / p.warmup) * cosine
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(kernels(phase)):
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(kernels):
             loss, shown = step_loss(phase, llava, heads, old_tower, pools, rng, step)
         if not math.isfinite(loss.item()):
             sys.exit(f"pretrain.py: the loss is {loss.item()} at step {step} of {phase}; "
@@ -611,7 +581,7 @@ def train(phase, llava, heads, pools, work, log):
             line = f"{phase} {step}/{p.steps} {time.time() - began:.0f} s lr {lr:.1e} "
             line += " ".join(f"{k} {v:.3f}" for k, v in mean.items())
             if step % 500 == 0 or step == p.steps:
-                line += report(phase, llava, heads, pools[0])
+                line += " || " + report(phase, llava, heads, pools[0])
                 save_state(path, modules, optimizer, {"step": step, "seconds": time.time() - began})
             print(line, file=log, flush=True)
             print(line, flush=True)
@@ -621,8 +591,8 @@ def train(phase, llava, heads, pools, work, log):
 def report(phase, llava, heads, pool):
     with torch.autocast("cpu", torch.bfloat16):
         if phase == "tower":
-            return " || " + tower_report(llava, heads, pool)
-        return " || " + decoder_report(llava, pool)
+            return tower_report(llava, heads, pool)
+        return decoder_report(llava, pool)
 
 
 # ------------------------------------------------------------------------------- building, writing
@@ -701,7 +671,8 @@ def main():
     parser.add_argument("--start", type=Path, metavar="FOLDER",
                         help="a finished toy, to run the phases after `decoder` on")
     parser.add_argument("--chunks", type=int, default=28,
-                        help=f"files of {lessons.CHUNK} scenes to draw (90 MB each, in memory)")
+                        help=f"files of {lessons.CHUNK} scenes to draw, 2 or more (90 MB each, in "
+                             "memory)")
     parser.add_argument("--steps", type=int, help="of every phase: a few, to see whether all runs")
     args = parser.parse_args()
     (args.work / "chunks").mkdir(parents=True, exist_ok=True)
@@ -713,13 +684,11 @@ def main():
     if args.steps:
         for phase in PHASES.values():
             phase.steps = args.steps
-    makers = [multiprocessing.Process(target=lessons.make_chunks,
-                                      args=(args.work / "chunks", k, args.chunks, 2, kinds, cut))
-              for k in range(2)]
-    for maker in makers:
-        maker.start()
-    for maker in makers:
-        maker.join()
+    with ProcessPoolExecutor(2, initializer=os.nice, initargs=(5,)) as makers:
+        made = [makers.submit(lessons.make_chunk, args.work / "chunks", kind, n, cut)
+                for n in range(args.chunks) for kind in kinds]
+    for chunk in made:
+        chunk.result()  # raises what went wrong in a maker
     llava, heads = build(args.work), Heads()
     if args.start:
         llava.load_state_dict(LLaVA.load(args.start, "cpu", "float32").state_dict())

@@ -14,7 +14,6 @@ spatial relations. Pixels (not questions) may differ a little between Pillow ver
 """
 
 import argparse
-import json
 import math
 import random
 import sys
@@ -25,6 +24,13 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+# As a script, only this folder is on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from clip import BadInput, printable  # noqa: E402
+from data.program import run_program  # noqa: E402
+from data.questions import write_questions  # noqa: E402
+
+SIDE = 672  # px of the padded square
 SIZES = [(672, 672), (672, 504), (504, 672), (672, 448), (448, 672), (672, 576), (576, 672)]  # w, h
 SHAPES = ("circle", "square", "triangle", "star", "heart",
           "cross", "diamond", "ring", "house", "arrow")
@@ -105,21 +111,12 @@ def new_thing(rng, shape, box, earlier, font_px, dot_px):
     return Thing(shape, colour, text, dot, box, size, radius)
 
 
-def plan(rng, width, height, font_px, dot_px):
-    """Things for a picture of this size, nothing drawn yet."""
-    things = []
-    boxes = place(rng, width, height)
-    for shape, box in zip(rng.sample(SHAPES, len(boxes)), boxes):
-        things.append(new_thing(rng, shape, box, things, font_px, dot_px))
-    return things
-
-
 def dot_room(radius):
     """Height in px that a dot takes beside the plate: rim, and 3 px of air on both sides."""
     return 2 * (radius + RIM + 3)
 
 
-def near_pairs(things, long_side):
+def near_pairs(things):
     """Pairs in two places that one crop can still show larger.
 
     The box around both covers at most a third of the padded square: a label's may not reach half.
@@ -128,18 +125,9 @@ def near_pairs(things, long_side):
     for a, b in combinations(things, 2):
         width = max(a.box[2], b.box[2]) - min(a.box[0], b.box[0])
         height = max(a.box[3], b.box[3]) - min(a.box[1], b.box[1])
-        if width * height <= long_side ** 2 / 3:
+        if width * height <= SIDE ** 2 / 3:
             pairs.append((a, b))
     return pairs
-
-
-def serves(things, kind, long_side):
-    """Can these things pose a question of this kind?"""
-    if kind == "both":
-        return bool(near_pairs(things, long_side))
-    if kind in ("number", "word"):
-        return any(t.text.isdigit() == (kind == "number") for t in things)
-    return True
 
 
 def wheel(count, radius=lambda k: 1):
@@ -250,11 +238,12 @@ def make_scene(rng, font_px=(12, 28), dot_px=(8, 16), kind=None):
     Sizes are ranges in source px: make_scene(random.Random(0), font_px=(40, 56)) has large texts.
     """
     while True:
-        size = rng.choice(SIZES)
-        things = plan(rng, *size, font_px, dot_px)
-        if len(things) >= 3 and serves(things, kind, max(size)):
-            break
-    return draw_scene(rng, size, things)
+        size, things = rng.choice(SIZES), []
+        boxes = place(rng, *size)
+        for shape, box in zip(rng.sample(SHAPES, len(boxes)), boxes):
+            things.append(new_thing(rng, shape, box, things, font_px, dot_px))
+        if len(things) >= 3 and (kind is None or candidates(things, kind)):
+            return draw_scene(rng, size, things)
 
 
 def draw_scene(rng, size, things):
@@ -267,9 +256,8 @@ def draw_scene(rng, size, things):
     return Scene(image, things)
 
 
-def candidates(scene, kind):
-    """Every question of one kind that the scene can pose, in a fixed order."""
-    things = scene.things
+def candidates(things, kind):
+    """Every question of one kind that these things can pose, in a fixed order."""
     if kind in ("number", "word"):
         found = [(f"What {kind} is on the {t.shape}?", t.text, [t])
                  for t in things if t.text.isdigit() == (kind == "number")]
@@ -277,7 +265,7 @@ def candidates(scene, kind):
         found = [(f"What colour is the dot on the {t.shape}?", t.dot, [t]) for t in things]
     elif kind == "both":
         found = [(f"What is on the {a.shape} and the {b.shape}?", f"{a.text} {b.text}", [a, b])
-                 for a, b in near_pairs(things, max(scene.image.size))]
+                 for a, b in near_pairs(things)]
     elif kind == "exist":
         seen = {t.shape: [t] for t in things}
         found = [(f"Is there {'an' if s[0] in 'aeiou' else 'a'} {s} in the picture?",
@@ -289,17 +277,17 @@ def candidates(scene, kind):
 
 
 def ask(scene, rng, kind):
-    """One question of this kind, or None if the scene can not pose any.
+    """One question of this kind, which the scene can pose.
 
     As {"question": "What word is on the star?", "answers": ["cat"], "kind": "word",
     "boxes": [[30, 40, 150, 160]]}: source px, no box for an absent shape. Yes and no are equally
-    likely wherever the scene allows both.
+    likely.
     """
-    found = candidates(scene, kind)
+    found = candidates(scene.things, kind)
     if kind == "exist":
         wanted = rng.choice(["yes", "no"])
-        found = [q for q in found if q["answers"] == [wanted]] or found
-    return rng.choice(found) if found else None
+        found = [q for q in found if q["answers"] == [wanted]]
+    return rng.choice(found)
 
 
 def all_questions(scene, rng):
@@ -309,7 +297,7 @@ def all_questions(scene, rng):
     """
     chosen = []
     for kind in KINDS:
-        found = candidates(scene, kind)
+        found = candidates(scene.things, kind)
         if kind == "exist":
             sides = [[q for q in found if q["answers"] == [answer]] for answer in ("yes", "no")]
             fewest = min(map(len, sides))
@@ -319,18 +307,12 @@ def all_questions(scene, rng):
     return chosen
 
 
-def make_question(seed, i, kinds=KINDS, **sizes):
+def make_question(seed, i):
     """(Scene, question) number i of a stream, a function of (seed, i); the kinds take turns."""
     rng = random.Random(f"{seed}/{i}")
-    kind = kinds[i % len(kinds)]
-    scene = make_scene(rng, kind=kind, **sizes)
+    kind = KINDS[i % len(KINDS)]
+    scene = make_scene(rng, kind=kind)
     return scene, ask(scene, rng, kind)
-
-
-def make_questions(seed, count, kinds=KINDS, **sizes):
-    """Yield `count` pairs (Scene, question): the first 10 of 300 are those of 10."""
-    for i in range(count):
-        yield make_question(seed, i, kinds, **sizes)
 
 
 class ToyQuestions:
@@ -350,36 +332,35 @@ class ToyQuestions:
         return scene.image, question | {"question": turns, "id": f"{self.stream}/{i}"}
 
 
-def fail(message):
-    print(f"scenes.py: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description="Write toy pictures and a questions.jsonl with true boxes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--seed", type=int, default=7, help="same seed, same questions")
-    parser.add_argument("--count", type=int, default=300, help="pictures, one question each")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR",
-                        help="folder for images/ and questions.jsonl; made if missing, "
-                             "files in it are replaced")
-    parser.error = fail  # one line instead of the usage text
-    args = parser.parse_args()
+def write(args):
     if args.count < 1:
-        fail(f"--count must be at least 1, got {args.count}")
-    try:
-        (args.out / "images").mkdir(parents=True, exist_ok=True)
-        with open(args.out / "questions.jsonl", "w", encoding="utf-8") as file:
-            for i, (scene, question) in enumerate(make_questions(args.seed, args.count)):
-                image = f"images/{i:05d}.png"
-                scene.image.save(args.out / image)
-                line = {"id": f"{args.seed}/{i}", "image": image, **question}
-                file.write(json.dumps(line) + "\n")
-    except OSError as error:
-        fail(f"can not write to {args.out}: {error.strerror or error}")
-    print(f"wrote {args.count} pictures and questions to {args.out}; "
-          f"try: python infer.py --eval {args.out}/questions.jsonl")
+        raise BadInput(f"--count {args.count}: must be at least 1")
+    (args.out / "images").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(args.count):
+        scene, question = make_question(args.seed, i)
+        image = f"images/{i:05d}.png"
+        scene.image.save(args.out / image)
+        lines.append({"id": f"{args.seed}/{i}", "image": image} | question)
+    write_questions(args.out / "questions.jsonl", ".", lines)
+    print(f"wrote {args.count} pictures and questions to {printable(args.out)}; "
+          f"try: python infer.py --eval {printable(args.out)}/questions.jsonl")
+
+
+def parser():
+    p = argparse.ArgumentParser(
+        "scenes.py", description="Write toy pictures and a questions.jsonl with true boxes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--seed", type=int, default=7, help="same seed, same questions")
+    p.add_argument("--count", type=int, default=300, help="pictures, one question each")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR",
+                   help="folder for images/ and questions.jsonl; made if missing, "
+                        "files in it are replaced")
+    return p
+
+
+def main(argv=None):
+    run_program(parser(), write, argv)
 
 
 if __name__ == "__main__":

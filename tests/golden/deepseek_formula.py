@@ -120,7 +120,6 @@ def shapes(config):
                 m = cells if n in c["global_attn_indexes"] else c["window_size"]
                 out[block + "attn.rel_pos_h"] = out[block + "attn.rel_pos_w"] = (2 * m - 1, C // c["heads"])
         if not sam:
-            grid = cells
             linear(prefix + "norm", C)
             out[prefix + "attn_pool.latent"] = (1, 1, C)            # never used
             linear(prefix + "attn_pool.q", C, C)

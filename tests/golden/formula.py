@@ -10,6 +10,7 @@ Nothing here depends on a random number generator: the same numbers come out wit
 
 Not handled: the original (non-Hugging-Face) LLaVA layout.
 """
+import functools
 import json
 import math
 import shutil
@@ -94,6 +95,7 @@ def _uniform(name, count):
     return (z >> np.uint64(40)).astype(np.float64) / 2 ** 23 - 1
 
 
+@functools.cache
 def weight(name, shape):
     u = _uniform(name, math.prod(shape)).reshape(shape)
     if name.endswith(".bias"):

@@ -28,7 +28,6 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, LlavaImageProcessorPil
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from formula import (CASES, CONFIGS, HERE, NEW_TOKENS, PIECES, SHORT, SYSTEM, picture, prompt, rpn_tensors, weight,
                      write_checkpoint)

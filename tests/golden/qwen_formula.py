@@ -8,6 +8,7 @@
 
 qwen_tokenizer.json is a small byte-level BPE with Qwen's splitting rule, made by make_golden_qwen.py.
 """
+import functools
 import json
 import math
 import shutil
@@ -93,6 +94,7 @@ CASES = {
 
 # ---- numbers
 
+@functools.cache
 def weight(name, shape):
     u = _uniform(name, math.prod(shape)).reshape(shape)
     if name.endswith(".bias"):
