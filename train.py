@@ -273,7 +273,10 @@ def start(args):
     dtype = args.dtype or ("float32" if toy and device == "cpu" else "bfloat16")
     recipe = load_recipe(folder)
     m = load(folder, device, dtype)
-    threads = f", {torch.get_num_threads()} thread(s)" if m.device.type == "cpu" else ""
+    threads = ""
+    if m.device.type == "cpu":
+        policy = os.environ.get("OMP_WAIT_POLICY", "default").lower()
+        threads = f", {torch.get_num_threads()} thread(s), OMP_WAIT_POLICY {policy}"
     say(f"{folder} on {device} ({'--device' if args.device else 'default'}) in {dtype} "
         f"({'--dtype' if args.dtype else 'default for training'}){threads}")
     fill_in(args, recipe, toy)

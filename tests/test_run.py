@@ -461,7 +461,7 @@ def test_labels_that_are_mostly_empty_are_warned_of(made, tmp_path, monkeypatch)
         m.setattr(train, "read_groups", one_by_one(train.read_groups))
         code, _, err = call(train, *argv(made, tmp_path / "run", "--epochs", 1))
     assert code == 0 and re.search(said, err), err
-    assert "on cpu (--device) in float32 (--dtype)" in err
+    assert "on cpu (--device) in float32 (--dtype), 1 thread(s), OMP_WAIT_POLICY passive" in err
 
 
 def one_by_one(read_groups):
