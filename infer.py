@@ -378,7 +378,7 @@ def parser():
     add("--dtype", help="float16, bfloat16, float32, float64; default: the file's on a GPU; "
                         "on a CPU float32 below 1 GB, else bfloat16")
     add("--compile", action="store_true",
-        help="compile the decoding step; pays off for long answers or --eval")
+        help="compile the decoding step, for a GPU: on a CPU it gained nothing")
     add("--save", help="where the picture goes; default: out/<image>.roi.png")
     add("--font", help="TrueType font for the picture, for scripts that the built-in one lacks")
     add("--json", action="store_true", help="print one JSON object instead of the bare answer")

@@ -54,8 +54,9 @@ def teach(m, recipe, pixels, prompts, max_new_tokens=128):
     pixels (b, 3, H, W); prompts: b lists of ids of one length, so there is no padding and no mask.
     recipe["sink"] None: no sink is removed (Table 3 #3). Query rows are the response tokens that
     were fed back: all but EOS, and without the last if the answer was cut. An empty answer has
-    none; its map is zero, so it gets no label and teaches nothing. The only cost beyond answering
-    is the rows' q (which decoding computes anyway) times k, at the recipe's layers.
+    none; its map is zero, so it gets no label and teaches nothing. What it costs beyond answering
+    is the rows' q (which decoding computes anyway) times k, at the recipe's layers; and in a batch
+    all samples are decoded for as long as the longest answer.
     """
     B, attention, sink = recipe["frozen"], head_lists(m, recipe["attention"]), recipe["sink"]
     lowest = min(attention)  # H^l of Eq. 1 enters this layer
@@ -88,10 +89,10 @@ def teach(m, recipe, pixels, prompts, max_new_tokens=128):
     return Lesson(responses, raw, clean, after[B], columns, rope)
 
 
-# A recipe may change the teacher's view of the picture, its question, and the rules of labels.
+# A recipe may change what training shows of a picture, what it asks, and the rules of labels.
 
-def teacher_view(m, recipe, picture):
-    """The picture as the teacher sees it -> pixels (3, H, W), and the Letterbox of its grid."""
+def training_view(m, recipe, picture):
+    """The picture as training shows it, to teacher and student -> pixels (3, H, W), a Letterbox."""
     shown, frame = picture, m.frame(picture.size)
     if recipe.get("square"):
         shown = pad_to_square(picture, (127, 127, 127))
@@ -129,7 +130,7 @@ def teach_one(m, recipe, picture, question, max_new_tokens=128, history=()):
 
     raw, clean, labels, sinks: maps (h, w) as arrays; teacher_letterbox: their grid; response.
     """
-    pixels, letterbox = teacher_view(m, recipe, picture)
+    pixels, letterbox = training_view(m, recipe, picture)
     prompts = [m.prompt_ids(teacher_question(recipe, question), history)]
     lesson = teach(m, recipe, pixels[None], prompts, max_new_tokens)
     raw, clean = lesson.raw[0].cpu(), lesson.clean[0].cpu()
@@ -244,7 +245,7 @@ def bounding_cells(fg):
 class ScoreLayer(nn.Module):
     """What is left of the RPN's last block: its input norm, q_proj and k_proj.
 
-    A score needs q and k only; v, o and the MLP would be computed for nobody.
+    A score needs q and k only; v, o and the MLP would never be used.
     """
 
     def __init__(self, config):
@@ -453,7 +454,7 @@ class Answer:
     regions: list = field(default_factory=list)
     keeps: list = field(default_factory=list)  # per crop, the cells of its own grid that were read
     visual_tokens: int = 0
-    ms: dict = field(default_factory=dict)     # wall time of each stage
+    ms: dict = field(default_factory=dict)     # wall time of each stage; "rpn": with layers below
 
 
 @torch.no_grad()
@@ -538,8 +539,8 @@ def regions_above(p, threshold):
     """The regions R^i of Eq. 7 on a map (h, w), p > threshold, in raster order of the first cell.
 
     Specks of one cell are dropped, and so are regions of more than 225 cells in 576, which a crop
-    would hardly magnify. The box of a region of 2 or 3 cells is grown to at least 3 a side; its
-    cells stay.
+    would hardly magnify. The box of a region of 2 or 3 cells is grown to 3 a side, fewer at the
+    border; its cells stay.
     >>> p = torch.zeros(6, 6)
     >>> p[0, 5] = .9            # a speck
     >>> p[2, 2] = p[3, 3] = .5  # two cells that touch at a corner
@@ -628,7 +629,7 @@ def union(regions):
 def kept_cells(region, grid):
     """The mask of Eq. 8 on a crop of the region's box -> (h, w) bool of the crop's own grid.
 
-    Bilinear, and more than half (the released code's rule); all cells, if that leaves none.
+    Bilinear, and more than half (the released code's rule); all cells, if that leaves none (ours).
     >>> cells = torch.tensor([[True, False], [True, True]])
     >>> kept_cells(Region((0, 0, 2, 2), cells, 1.0), (4, 4)).int().tolist()
     [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]

@@ -21,7 +21,7 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# On 2 cores, threads that wait passively train the toy a fifth slower than threads that spin, but
+# On 2 cores, threads that wait passively train the toy a quarter slower than threads that spin, but
 # twice as fast beside two busy programs (tests/bench.py --only busy).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
@@ -37,7 +37,7 @@ from data.toy.scenes import ToyQuestions
 from model import KNOWN, ROOT, find_checkpoint, load, read_json, run_name, wider
 from sdrpn import (RPN, Letterbox, Region, answer, check_depth, conversation, load_recipe,
                    make_labels, recipe_for, regions_above, roi_loss, smooth, teach, teach_one,
-                   teacher_question, teacher_view)
+                   teacher_question, training_view)
 
 TOO_FAR = ("the learning rate is likely too high or the dtype too narrow: "
            "use --dtype float32 or a lower --lr, with --fresh")
@@ -65,8 +65,8 @@ def train(args, m, recipe, questions, run):
                 if group[0].labels is None:
                     student = label(args, m, group)  # 6-12: the teacher
                     made |= {sample.number: (sample.labels, sample.responses) for sample in group}
-                if student is None:  # the labels were on disk, or the student is asked otherwise
-                    student = frozen_pass(m, B, group)  # 15: layers 1..B
+                if student is None:  # labels from disk, a conversation, or another question
+                    student = frozen_pass(m, B, group)  # 15: layers 0..B-1
                 hidden, columns, rows, rope = student
                 labels = torch.stack([sample.labels for sample in group]).to(m.device)  # (b, n, N)
                 with autocast(m):
@@ -114,7 +114,7 @@ def read_sample(args, m, recipe, questions, number):
     """-> Sample. Raises BadInput if the picture can not be read, or the prompt is too long."""
     picture, q = questions[number]
     recipe = recipe_for(recipe, q.get("kind"))
-    pixels, letterbox = teacher_view(m, recipe, picture)
+    pixels, letterbox = training_view(m, recipe, picture)
     on = letterbox.holds_picture()
     sample = Sample(number, q.get("id", number), q["question"], pixels, on, recipe)
     sample.length = len(sample.prompt(m, 0))
@@ -129,7 +129,7 @@ def read_groups(args, m, recipe, questions, run):
     length. The samples have their labels if those of all are on disk.
     """
     numbers, groups = run.share(run.step), {}
-    known = run.labelled(numbers)
+    known = run.has_labels(numbers)
     for number in numbers:
         if known and number in run.skipped:
             continue
@@ -406,8 +406,7 @@ def parser():
     add("--samples", type=int,
         help="train on this many questions, shuffled with --seed; 10000 already helps (Table 4b)")
     add("--seed", type=int, default=0, help="order of the data; default: 0")
-    add("--batch-size", type=int,
-        help="samples at a time, at most --teacher-batch; lower it when memory runs out")
+    add("--batch-size", type=int, help="as the paper has it; see --grad-accum")
     add("--grad-accum", type=int,
         help="a step is batch-size x grad-accum samples, on any number of processes")
     add("--teacher-batch", type=int, default=8,
@@ -472,7 +471,7 @@ def work(args):
 
 def main(argv=None):
     run_program(parser(), work, argv, again="the same command goes on",
-                memory="lower --teacher-batch, then --batch-size (raise --grad-accum as much)")
+                memory="lower --teacher-batch")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The paper's other model families: each a subclass of model.LLaVA that overrides what differs.
 
 To add one, say InternVL, write the overrides below, put its model_type into model.FAMILIES and its
-name into model.KNOWN. No other product file names a family, but for the paper's figures in
-data/metrics.py. What each takes and returns is said in model.LLaVA.
+name into model.KNOWN; nothing else has to change (data/metrics.py has the paper's figures of each).
+What each override takes and returns is said in model.LLaVA.
 
     read_config(folder, config)   config.json -> the decoder's sizes (read_text_sizes) and its flags
                                   (set at the end of that; the RPN's two are free where none was

@@ -236,7 +236,7 @@ def text_positions(start, t):
 
 # What the authors released: layers and heads of the teacher for questions about text in pictures
 # and for those about natural scenes; B, R, labels and training are the same for both. Of the kinds,
-# data/llava_mix.py writes ocr_vqa and gqa; one that is not named counts as the first, text.
+# data/llava_mix.py writes ocr_vqa and gqa; one that is not named counts as the first, ocr_vqa.
 REQUEST = ("Output the grounding bounding box of Region of Interest for the question. IMPORTANT: "
            "The output MUST be raw text, one box per line. DO NOT use JSON. Follow this exact "
            "format: x_min y_min x_max y_max {detail_label}.")
@@ -350,9 +350,11 @@ class Qwen2_5VL(LLaVA):
         return positions.to(self.device)
 
     def splice(self, tail, start, crops):
-        """What follows the image in stage 2: each crop, as one more picture, and then the tail.
+        """What follows the image in stage 2: each crop between markers, and then the tail.
 
-        tail (1, t, D) begins with the image's own <|vision_end|>, which so far stood at `start`.
+        tail (1, t, D) begins with the image's own <|vision_end|>, which so far stood at `start`:
+            <vision_start> image  <vision_start> crop <vision_end>  <vision_end> text
+        As the authors have it: what comes before the crop is not touched.
         Of a crop's positions those of dropped tokens stay free. -> (1, t', D), positions (3, t').
         """
         token = self.tokenizer.token_id

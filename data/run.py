@@ -283,7 +283,7 @@ class Run:
         random.Random(f"{self.settings['seed']}/{epoch}").shuffle(order)
         return order[at * self.global_batch:(at + 1) * self.global_batch][self.rank::self.world]
 
-    def labelled(self, samples):
+    def has_labels(self, samples):
         """Are the labels of all these on disk, but for those that were skipped?"""
         return all(i in self.labels.where or i in self.skipped for i in samples)
 

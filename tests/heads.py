@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import KVCache, next_position  # noqa: E402 (the project is on the path only now)
-from sdrpn import assign_labels, bounding_cells, response_attention, teacher_question, teacher_view  # noqa: E402
+from sdrpn import assign_labels, bounding_cells, response_attention, teacher_question, training_view  # noqa: E402
 
 LONG = 1.5  # times the median norm: a sink, where it is only to be counted
 CONSTANTS = (None, 10.0, 6.0, 4.0, 3.0, 2.5, 2.0, 1.7, 1.5, 1.3)  # c of the sink criterion to try; None: no sink
@@ -42,7 +42,7 @@ class Seen:
 def observe(m, recipe, picture, q, max_new_tokens):
     """One question of one turn -> Seen, or None if the model answers nothing. recipe: how the teacher is shown it."""
     question = teacher_question(recipe, q["question"][-1])
-    pixels, letterbox = teacher_view(m, recipe, picture)
+    pixels, letterbox = training_view(m, recipe, picture)
     ids, grid = m.prompt_ids(question), letterbox.grid
     hidden, columns = m.embed_prompt(ids, m.encode(pixels[None]))  # (1, T, D)
     T, positions = hidden.shape[1], m.positions(ids, grid)

@@ -47,7 +47,7 @@ from data.program import run_program, say  # noqa: E402
 from data.toy.scenes import KINDS, ToyQuestions  # noqa: E402
 from model import KNOWN, ROOT, find_checkpoint, load, read_family, run_name  # noqa: E402
 from sdrpn import (RELEASED_TRAINING, RPN, load_recipe, recipe_for, released_recipe, teach,  # noqa: E402
-                   teacher_question, teacher_view)
+                   teacher_question, training_view)
 
 PAPER = "the paper's: LLaVA-1.5-7B, mean of OCRBench, TextVQA, POPE and V*, plain 53.4"
 CELL = 28 * 28  # pixels of an image token where the number of tokens follows the picture
@@ -491,7 +491,7 @@ def taught(args, m, recipe, samples):
     lessons = []
     for picture, q in samples:
         own = recipe_for(recipe, q.get("kind"))
-        pixels, letterbox = teacher_view(m, own, picture)
+        pixels, letterbox = training_view(m, own, picture)
         prompt = m.prompt_ids(teacher_question(own, q["question"][-1]))
         lesson = teach(m, own, pixels[None], [prompt], limit_of(args, q))
         inside = letterbox.cells_of(q["boxes"]).flatten()
