@@ -2,6 +2,7 @@
 
     LLAMA_TOKENIZER=tokenizer.model python -m pytest tests/test_checkpoint.py   # LLaMA's own; without it skipped
 """
+import importlib
 import json
 import os
 import struct
@@ -17,7 +18,7 @@ import model
 from clip import MEAN, STD, BadInput, CLIPVision, load_image, preprocess, preprocess_crop
 from formula import (CONFIGS, HERE, SHORT, SPELLINGS, SYSTEM, picture, prompt, respell, shapes, tensors,
                      write_checkpoint)
-from model import LLaVA, default_dtype, find_checkpoint, torch_dtype
+from model import LLaVA, default_dtype, find_checkpoint, read_family, torch_dtype
 
 QUESTION = "What is this?"
 
@@ -577,3 +578,34 @@ def test_pictures_that_can_not_be_read(tmp_path):
     with pytest.raises(BadInput, match="a folder; name one picture in it"):
         load_image(tmp_path)
     assert np.array_equal(np.asarray(load_image(tmp_path / "good.png")), np.asarray(picture(40, 30, 1)))
+
+
+def entries(value, path=()):
+    """Where every entry of a JSON value lies: ("vision_config", "depth"), ..."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        yield (*path, key)
+        yield from entries(inner, (*path, key))
+
+
+@pytest.mark.parametrize("family", ["formula", "deepseek_formula", "qwen_formula"])
+def test_any_entry_of_a_config_may_be_of_another_kind(tmp_path, family):
+    """It is read, or refused in one line; nothing else."""
+    module = importlib.import_module(family)
+    config = list(getattr(module, "TINY", module.CONFIGS).values())[-1]
+    module.write_checkpoint(tmp_path, config)
+    text, refused = (tmp_path / "config.json").read_text(), 0
+    places = list(entries(json.loads(text)))
+    for *outer, last in places:
+        for wrong in (None, [], {}, "x", [[1]], -1, float("nan")):
+            changed = place = json.loads(text)
+            for key in outer:
+                place = place[key]
+            place[last] = wrong
+            (tmp_path / "config.json").write_text(json.dumps(changed))
+            try:
+                read_family(tmp_path)
+            except BadInput as e:
+                refused += 1
+                assert str(tmp_path) in str(e) and "\n" not in str(e)
+    assert refused > 3 * len(places)
