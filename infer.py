@@ -27,7 +27,7 @@ from data import draw, metrics
 from data.files import read_rows, write_text
 from data.program import run_program, say
 from data.questions import read_questions
-from data.toy.scenes import SIZES
+from data.toy.scenes import SIZES, knows_scenes
 from model import (KNOWN, ROOT, compile_decode, digest_file, find_checkpoint, load,
                    read_json, run_name)
 from sdrpn import RPN, Letterbox, answer, load_recipe, recipe_for, smooth, teach_one
@@ -190,7 +190,7 @@ def converse(m, rpn, args, tau):
 
 def warn_of_strangers(m, picture):
     """The toy knows nothing but its own scenes."""
-    if m.folder.resolve() == find_checkpoint("toy") and picture.size not in SIZES:
+    if knows_scenes(m.folder) and picture.size not in SIZES:
         say("note: the toy knows only its own scenes (data/toy/scenes.py makes more); of another "
             "picture it can say nothing sensible. A real model: --ckpt llava-1.5-7b")
 

@@ -33,8 +33,8 @@ from data.files import write_text
 from data.program import run_program, say
 from data.questions import read_questions
 from data.run import Run, Tally
-from data.toy.scenes import ToyQuestions
-from model import KNOWN, ROOT, find_checkpoint, load, read_json, run_name, wider
+from data.toy.scenes import ToyQuestions, knows_scenes
+from model import KNOWN, ROOT, find_checkpoint, load, run_name, wider
 from sdrpn import (RPN, Letterbox, Region, answer, check_depth, conversation, load_recipe,
                    make_labels, recipe_for, regions_above, roi_loss, smooth, teach, teach_one,
                    teacher_question, training_view)
@@ -262,7 +262,7 @@ class FileQuestions:
 def start(args):
     """Load all that a run needs -> model, recipe, questions, Run. Fills in args from the recipe."""
     folder = find_checkpoint(args.ckpt)
-    toy = args.data is None and made_for_scenes(folder)
+    toy = args.data is None and knows_scenes(folder)
     if args.data is None and not toy:
         args.data = ROOT / "data" / "llava_mix.jsonl"
         if not args.data.is_file():
@@ -299,13 +299,6 @@ def start(args):
     run = Run(out, settings, len(questions), args.batch_size * args.grad_accum, args.epochs,
               args.fresh, args.save_every, args.max_bad)
     return m, recipe, questions, run
-
-
-def made_for_scenes(folder):
-    """Does the checkpoint's own recipe say that it knows the toy's scenes?"""
-    path = folder / "recipe.json"
-    training = read_json(path).get("train") if path.is_file() else None
-    return isinstance(training, dict) and training.get("data") == "toy scenes"
 
 
 def fill_in(args, recipe, toy):
@@ -470,8 +463,9 @@ def work(args):
 
 
 def main(argv=None):
-    run_program(parser(), work, argv, again="the same command goes on",
-                memory="lower --teacher-batch")
+    again = "the same command goes on"
+    run_program(parser(), work, argv, again=again, memory=f"lower --teacher-batch; {again}",
+                disk=f"check the path, free some space, or name another --out; then {again}")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def read_rows(path):
     for line in text.split("\n")[:-1]:  # a whole line ends in a newline
         try:
             row = json.loads(line)
-            rows[int(row["n"])] = row
+            if type(row["n"]) is int:
+                rows[row["n"]] = row
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     whole = "".join(json.dumps(row) + "\n" for row in rows.values())

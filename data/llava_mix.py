@@ -181,7 +181,7 @@ def parser():
 
 
 def main(argv=None):
-    run_program(parser(), run, argv)
+    run_program(parser(), run, argv, disk="give --out a place that can be written")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from clip import BadInput, printable
 
 
 def say(text):
-    """Print to stderr, from one process."""
+    """Print a line to stderr, from one process."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(printable(text, keep="\n"), file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def first_to_fail():
@@ -30,10 +30,11 @@ def first_to_fail():
         return False
 
 
-def run_program(parser, work, argv=None, memory="close other programs", again=""):
+def run_program(parser, work, argv=None, memory="close other programs", again="",
+                disk="check the path, the rights and the free space"):
     """Read the flags and do the work. SystemExit with one line: code 2 for a fault, 130 for Ctrl-C.
 
-    memory: what helps where it runs out. again: what the same command does after a stop.
+    memory, disk: what helps where these fail. again: what the same command does after a stop.
     """
     def fail(message, code=2):
         if first_to_fail():
@@ -42,23 +43,22 @@ def run_program(parser, work, argv=None, memory="close other programs", again=""
 
     parser.error = lambda message: fail(f"{message}; see --help")  # instead of the usage text
     args = parser.parse_args(argv)
-    again = again and f"; {again}"
     try:
         work(args)
     except (BadInput, FloatingPointError) as e:
         fail(e)
     except (torch.OutOfMemoryError, MemoryError):
-        fail(f"out of memory; {memory}{again}")
+        fail(f"out of memory; {memory}")
     except UnicodeError as e:
         fail(f"stdin or stdout can not hold this text ({e}); set PYTHONIOENCODING=utf-8")
     except OSError as e:
         path = e.filename2 or e.filename or "disk"  # of a failed move, filename2 is where to
-        fail(f"{path}: {e.strerror or e}; check the path, the rights and the free space{again}")
+        fail(f"{path}: {e.strerror or e}; {disk}")
     except KeyboardInterrupt:
-        fail(f"stopped{again}", 130)
+        fail(f"stopped; {again}" if again else "stopped", 130)
     except RuntimeError as e:
         if "can't allocate memory" in str(e):  # how torch says it on a CPU
-            fail(f"out of memory; {memory}{again}")
+            fail(f"out of memory; {memory}")
         if not first_to_fail():  # a process that lost its partner
             sys.exit(1)
         raise

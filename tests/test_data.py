@@ -622,6 +622,15 @@ def test_what_can_not_be_written_leaves_nothing(mix, tmp_path, capsys):
         assert list(taken.parent.iterdir()) == [taken]
 
 
+def test_a_pictures_name_forges_no_line(mix, capsys):
+    record = dict(image="gqa/images/x\nllava_mix.py: all is well\n.jpg",
+                  conversations=[{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}])
+    mix(records=[record, *MIX])
+    said = capsys.readouterr().err.splitlines()
+    assert any(r"x\nllava_mix.py: all is well\n.jpg" in line for line in said)
+    assert not [line for line in said if line.startswith("llava_mix.py:")]
+
+
 def test_llava_mix_keeps_conversations(mix):
     first = mix("--all-turns")[0]
     assert first["question"] == ["Are there scarves?" + SHORT, "What is left of the man?"]

@@ -162,7 +162,7 @@ def test_examples_in_docstrings(path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "data/toy"))
     package = "" if path.parent in (ROOT, ROOT / "tests", ROOT / "data/toy") else f"{path.parent.name}."
     result = doctest.testmod(importlib.import_module(package + path.stem))
-    assert result.attempted > 0 and result.failed == 0
+    assert result.attempted >= {"sdrpn": 25, "metrics": 10}.get(path.stem, 1) and result.failed == 0
 
 
 # ---- what runs alone

@@ -21,6 +21,7 @@ import model  # noqa: E402
 import sdrpn  # noqa: E402
 from calls import (ROOT, ask, call, everything, home, one_line, room_for, rows_of,  # noqa: E402, F401
                    shell)
+from data.files import read_rows  # noqa: E402
 from data.toy.scenes import SIZES, ToyQuestions  # noqa: E402
 
 
@@ -267,3 +268,11 @@ def test_two_processes_score_what_one_does_and_go_on(made, tmp_path):
     assert re.search("going on: [2-6] of 7 questions are scored", said) and said.count("answers: ") == 1
     assert file.name == one.name and without_times(rows_of(file)) == rows
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_rows_that_a_crash_spoilt_leave_the_file(tmp_path):
+    path, good = tmp_path / "a.jsonl", ['{"n": 0, "x": 1}', '{"n": 7, "x": 2}']
+    spoilt = ["{", "[]", '{"x": 3}', '{"n": null}', '{"n": "7"}', '{"n": 7.5}', '{"n": Infinity}', "[" * 100_000]
+    path.write_text("\n".join([good[0], *spoilt, good[1], '{"n": 8, "x"']))
+    assert read_rows(path) == {0: {"n": 0, "x": 1}, 7: {"n": 7, "x": 2}}
+    assert path.read_text().splitlines() == good

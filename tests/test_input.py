@@ -444,6 +444,13 @@ def test_recipes_that_are_no_recipes(made, tmp_path):
         one_line(infer, made.image, "Why?", *ask(made), "--ckpt", folder, says=f"recipe.json: {says}")
 
 
+def test_a_damaged_recipe_is_named_by_train_too(made, tmp_path):
+    folder = shutil.copytree(made.ckpt, tmp_path / "ckpt")
+    for text in ("{", "[]"):
+        (folder / "recipe.json").write_text(text)
+        one_line(train, "--ckpt", folder, says="recipe.json: ")
+
+
 def test_a_missing_recipe_is_said_before_weights_load_and_plain_needs_none(made, tmp_path, monkeypatch):
     bare = shutil.copytree(made.ckpt, tmp_path / "bare")
     (bare / "recipe.json").unlink()

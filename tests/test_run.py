@@ -219,7 +219,7 @@ def test_a_checkpoint_as_out_is_left_alone(made, tmp_path):
         one_line(train, *argv(made, ckpt, "--ckpt", ckpt, *more), says="not a run of this program; name another --out")
     assert everything(tmp_path) == before and (ckpt / "labels").is_dir()
     one_line(train, *argv(made, ckpt / "config.json" / "run"),
-             says="Not a directory; check the path, the rights and the free space; the same command goes on")
+             says="Not a directory; check the path, free some space, or name another --out; then the same")
 
 
 def test_in_a_run_only_what_it_wrote_is_deleted(made, tmp_path):
@@ -322,7 +322,7 @@ def test_a_full_disk_loses_nothing(made, tmp_path, size):
     before = everything(run)
     with room_for(size):  # fails at the log, at the labels, at the weights
         one_line(train, *argv(made, run, "--save-every", 0),
-                 says=r"run/?.*(too large|os error 27).*check the path, the rights and the free space")
+                 says=r"run/?.*(too large|os error 27).*free some space, or name another --out")
     after = everything(run)
     assert all(after[name] == content for name, content in before.items() if name.name != "log.jsonl")
     assert not list(run.rglob("*.partial"))
@@ -337,7 +337,7 @@ def test_safetensors_reports_of_a_full_disk(made, tmp_path, monkeypatch):
     for module in (data_run, files):  # labels, the resume point
         monkeypatch.setattr(module, "save_file", full)
     one_line(train, *argv(made, run, "--save-every", 0),
-             says="No space left.*free space; the same command goes on")
+             says="No space left.*free some space.*the same command goes on")
     after = everything(run)
     assert all(after[name] == content for name, content in before.items() if name.name != "log.jsonl")
     assert not list(run.rglob("*.partial"))

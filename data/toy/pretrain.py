@@ -671,8 +671,8 @@ def main():
     parser.add_argument("--start", type=Path, metavar="FOLDER",
                         help="a finished toy, to run the phases after `decoder` on")
     parser.add_argument("--chunks", type=int, default=28,
-                        help=f"files of {lessons.CHUNK} scenes to draw, 2 or more (90 MB each, in "
-                             "memory)")
+                        help=f"files of {lessons.CHUNK} scenes to draw of each kind, 2 or more "
+                             "(90 MB each, in memory)")
     parser.add_argument("--steps", type=int, help="of every phase: a few, to see whether all runs")
     args = parser.parse_args()
     (args.work / "chunks").mkdir(parents=True, exist_ok=True)

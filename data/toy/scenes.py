@@ -14,6 +14,7 @@ spatial relations. Pixels (not questions) may differ a little between Pillow ver
 """
 
 import argparse
+import json
 import math
 import random
 import sys
@@ -330,6 +331,17 @@ class ToyQuestions:
         scene, question = make_question(self.stream, i)
         turns = [question["question"]]
         return scene.image, question | {"question": turns, "id": f"{self.stream}/{i}"}
+
+
+def knows_scenes(folder):
+    """Does a checkpoint's recipe, if it has one, say that it was made for these scenes?"""
+    path = folder / "recipe.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))["train"]["data"] == "toy scenes"
+    except (OSError, KeyError):
+        return False
+    except (ValueError, TypeError, RecursionError):
+        raise BadInput(f"{path}: damaged; copy the checkpoint's own again") from None
 
 
 def write(args):
