@@ -100,7 +100,7 @@ class Sample:
     pixels: torch.Tensor         # (3, H, W)
     on: torch.Tensor             # (h, w) bool, the cells that hold picture
     recipe: dict                 # for this kind of question
-    length: int = 0              # of its first prompt, in ids
+    lengths: tuple = ()          # of its first prompt in ids, the teacher's and the student's
     labels: torch.Tensor = None  # (n, N) int8 in {-1, 0, 1}
     responses: list = field(default_factory=list)  # n answers of the teacher
 
@@ -117,8 +117,11 @@ def read_sample(args, m, recipe, questions, number):
     pixels, letterbox = training_view(m, recipe, picture)
     on = letterbox.holds_picture()
     sample = Sample(number, q.get("id", number), q["question"], pixels, on, recipe)
-    sample.length = len(sample.prompt(m, 0))
-    m.check_length(sample.length - 1 + on.numel() + args.max_new_tokens)
+    teachers = students = len(sample.prompt(m, 0))
+    if "request" in recipe:  # then the student is asked otherwise
+        students = len(m.prompt_ids(sample.turns[0]))
+    sample.lengths = teachers, students
+    m.check_length(teachers - 1 + on.numel() + args.max_new_tokens)
     return sample
 
 
@@ -141,8 +144,7 @@ def read_groups(args, m, recipe, questions, run):
         if known:
             sample.labels, sample.responses = run.labels.read(number)
         alone = number if len(sample.turns) > 1 else -1
-        students = len(m.prompt_ids(sample.turns[0]))  # differs, if the teacher is asked for a box
-        key = sample.length, students, tuple(sample.pixels.shape), alone, str(sample.recipe)
+        key = sample.lengths, tuple(sample.pixels.shape), alone, str(sample.recipe)
         groups.setdefault(key, []).append(sample)
     most = min(args.teacher_batch, args.batch_size)
     for key in sorted(groups):

@@ -33,7 +33,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script, only data/ is on the path
 from clip import BadInput, printable  # noqa: E402
-from data.program import run_program, say  # noqa: E402
+from data.program import first_few, run_program, say  # noqa: E402
 from data.questions import write_questions  # noqa: E402
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -372,8 +372,8 @@ def report(name, kinds, missing, root, out):
         for kind, number in kinds.items():
             print(f"  {number:5} {printable(kind)}")
     if missing:
-        first = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-        say(f"warning: {len(missing)} questions left out, their picture is not in {root}: {first}")
+        say(f"warning: {len(missing)} questions left out, their picture is not in {root}: "
+            f"{first_few(missing)}")
     if count != expected:
         say(f"warning: {count} questions, the benchmark has {expected}: the score will not be "
             f"comparable; {needs(name)}")

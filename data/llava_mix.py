@@ -26,7 +26,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script, only data/ is on the path
 from clip import BadInput, printable  # noqa: E402
-from data.program import run_program, say  # noqa: E402
+from data.program import first_few, run_program, say  # noqa: E402
 from data.questions import write_questions  # noqa: E402
 
 EXPECTED = {"gqa": 72140, "ocr_vqa": 80000}
@@ -118,10 +118,6 @@ def read_records(file):
         raise BadInput(f"{file}: holds no list of conversations; "
                        "--help says where to get llava_v1_5_mix665k.json")
     return records
-
-
-def first_few(texts):
-    return ", ".join(texts[:3]) + (" ..." if len(texts) > 3 else "")
 
 
 def report(found, root):

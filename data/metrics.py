@@ -451,18 +451,18 @@ def measures_of(rows, two_stage):
     return found
 
 
-def official_lines(metric, benchmark, by_name, model):
-    """Lines of text: a benchmark's official figures, and the paper's where it has this model.
+def official_lines(official, count, benchmark, model):
+    """Lines of text: official figures of `count` questions, and the paper's if it has this model.
 
-    by_name: {"plain": rows, "two_stage"?: rows}; model: a name in PAPER, or None.
+    official: {"plain": {figure: value}, "two_stage"?: ...}; model: a name in PAPER, or None.
     """
-    figures = [METRICS[metric].official(rows) for rows in by_name.values()]
     paper = PAPER.get(model, {}).get(benchmark, {})
-    title = f"official, {len(by_name['plain'])} questions"
-    head = "".join(f"{name:>8}" for name in ("plain", "two-st.")[:len(figures)])
+    title = f"official, {count} questions"
+    head = "".join(f"{name:>8}" for name in ("plain", "two-st.")[:len(official)])
     lines = [f"{title:28}{head}" + (f"   the paper's, {model}" if paper else "")]
-    for name in figures[0]:
-        line = f"{printable(name)[:27]:28}" + "".join(f"{f[name]:8.1f}" for f in figures)
+    for name in official["plain"]:
+        cells = "".join(f"{figures[name]:8.1f}" for figures in official.values())
+        line = f"{printable(name)[:27]:28}{cells}"
         if name in paper:
             before, after = ("-" if value is None else value for value in paper[name])
             line += f"   {before} -> {after}"
@@ -504,13 +504,15 @@ def side_by_side(rows, questions, say=print, config=None):
     result = {name: round(100 * mean(row["score"] for row in part), 2)
               for name, part in by_name.items()}
     result |= {"questions": len(rows), "metric": metric}
-    rule = METRICS.get(metric)  # None: the questions are of several
-    if rule and rule.pooled:
-        result["official"] = {
-            name: {figure: round(value, 2) for figure, value in rule.official(part).items()}
-            for name, part in by_name.items()}
-        result |= {name: next(iter(of.values())) for name, of in result["official"].items()}
-    if rule and (benchmark or rule.official is not mean_official):
-        for line in official_lines(metric, benchmark, by_name, paper_model(config or {})):
+    rule = METRICS.get(metric)
+    if rule is None:  # the questions are of several metrics
+        return result
+    official = {name: rule.official(part) for name, part in by_name.items()}
+    if benchmark or rule.official is not mean_official:
+        for line in official_lines(official, len(rows), benchmark, paper_model(config or {})):
             say(line)
+    if rule.pooled:
+        result["official"] = {name: {figure: round(value, 2) for figure, value in figures.items()}
+                              for name, figures in official.items()}
+        result |= {name: next(iter(of.values())) for name, of in result["official"].items()}
     return result

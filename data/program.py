@@ -20,6 +20,14 @@ def say(text):
         print(printable(text), file=sys.stderr, flush=True)
 
 
+def first_few(texts):
+    """
+    >>> first_few(["a", "b", "c", "d"])
+    'a, b, c ...'
+    """
+    return ", ".join(texts[:3]) + (" ..." if len(texts) > 3 else "")
+
+
 def first_to_fail():
     """Is this the process that says what is wrong? The others stop for the same reason."""
     if not dist.is_initialized():
@@ -47,8 +55,6 @@ def run_program(parser, work, argv=None, memory="close other programs", again=""
         work(args)
     except (BadInput, FloatingPointError) as e:
         fail(e)
-    except (torch.OutOfMemoryError, MemoryError):
-        fail(f"out of memory; {memory}")
     except UnicodeError as e:
         fail(f"stdin or stdout can not hold this text ({e}); set PYTHONIOENCODING=utf-8")
     except OSError as e:
@@ -56,8 +62,9 @@ def run_program(parser, work, argv=None, memory="close other programs", again=""
         fail(f"{path}: {e.strerror or e}; {disk}")
     except KeyboardInterrupt:
         fail(f"stopped; {again}" if again else "stopped", 130)
-    except RuntimeError as e:
-        if "can't allocate memory" in str(e):  # how torch says it on a CPU
+    except (MemoryError, RuntimeError) as e:
+        full = isinstance(e, (MemoryError, torch.OutOfMemoryError))
+        if full or "can't allocate memory" in str(e):  # the latter is how torch says it on a CPU
             fail(f"out of memory; {memory}")
         if not first_to_fail():  # a process that lost its partner
             sys.exit(1)

@@ -20,7 +20,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
@@ -28,7 +27,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 import fuzz  # noqa: E402 (also puts the project on the path)
 import infer  # noqa: E402
 import train  # noqa: E402
-from data import draw  # noqa: E402
 
 ROOT = fuzz.ROOT
 
@@ -40,15 +38,10 @@ def make(folder):
                            image=folder / "set/pictures/0.png", whole=folder / "whole", half=folder / "half")
     with pytest.MonkeyPatch.context() as m:
         m.setattr(train, "ROOT", folder)
-        m.setattr(train, "report", dot)
+        m.setattr(train, "report", fuzz.dot)
         assert fuzz.quiet(train, argv(made, made.whole)) == 0
         assert fuzz.quiet(train, argv(made, made.half), stop_after=2) == 130
     return made
-
-
-def dot(*how):
-    """In place of train.report, which takes a third of a run's time."""
-    draw.save(Image.new("RGB", (1, 1)), how[-1])
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +49,7 @@ def home(tmp_path, monkeypatch):
     """What the programs write by themselves goes to tmp_path; report.png is a dot."""
     for program in (infer, train):
         monkeypatch.setattr(program, "ROOT", tmp_path)
-    monkeypatch.setattr(train, "report", dot)
+    monkeypatch.setattr(train, "report", fuzz.dot)
     torch.set_num_threads(1)
     before = signal.getsignal(signal.SIGINT)
     yield tmp_path
