@@ -72,8 +72,9 @@ class Training:
     batch_size: int
     grad_accum: int    # a step is batch_size x grad_accum samples
     clip: float        # of the gradient's norm
-    samples: int = None   # the toy: scenes to train on
-    held_out: int = None  # the toy: scenes to compare the methods on
+    data: str = None      # "toy scenes": the toy, which draws its own questions
+    samples: int = None   # of them, to train on
+    held_out: int = None  # and to compare the methods on
 
     __post_init__ = check_types
 
