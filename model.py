@@ -604,7 +604,9 @@ def read_config(folder):
         expect(given, model_type=list(FAMILIES), quantization_config=[])
         module, name = FAMILIES[given["model_type"]]
         family = getattr(importlib.import_module(module), name)
-        return family, family.read_config(folder, given)
+        config = family.read_config(folder, given)
+        config.model_type = given["model_type"]
+        return family, config
 
 
 # ----------------------------------------------------------------------------------------- weights

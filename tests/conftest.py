@@ -23,14 +23,14 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="session")
 def load(tmp_path_factory):
     """load(config name, dtype, ...): a tiny LLaVA read from a folder written for it; each is made once."""
+    import model
     from formula import CONFIGS, write_checkpoint
-    from model import LLaVA
     loaded = {}
 
     def load(config, dtype="float32", **how):
         key = (config, dtype, *how.items())
         if key not in loaded:
             folder = write_checkpoint(tmp_path_factory.mktemp(config), CONFIGS[config], **how)
-            loaded[key] = LLaVA.load(folder, device="cpu", dtype=dtype)
+            loaded[key] = model.load(folder, device="cpu", dtype=dtype)
         return loaded[key]
     return load

@@ -1,6 +1,7 @@
-"""The method the slow way: nothing is reused, nothing is tapped. The proof that the quick ways are the same function.
+"""The method the slow way: nothing is reused, nothing is tapped. The fast ways must be the same function.
 
-    slow.answer(m, rpn, picture, question, ...)           # sdrpn.answer(), but stage 2 starts over
+    slow.logits(m, picture, prompt_text)                  # of a rendered prompt, (T, vocab)
+    slow.answer(m, rpn, picture, question, ...)           # sdrpn.answer(), but everything starts over
     slow.maps(m, recipe, pixels, prompts, responses)      # teach()'s maps of given answers, from whole matrices
 
 Also `regions_of`: any map of weights as regions, for answer(regions=...).
@@ -12,37 +13,60 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import KVCache, next_position, rotate  # noqa: E402
-from sdrpn import Answer, Letterbox, Region, components, find_regions, head_lists, look_again  # noqa: E402
+from model import KVCache, rotate  # noqa: E402
+from sdrpn import Answer, Letterbox, Region, components, find_regions, upscale  # noqa: E402
+
+
+def tokenize(m, prompt_text):
+    """A rendered prompt with one image placeholder -> ids. Special tokens are taken by name."""
+    encode = m.tokenizer.encode
+    if hasattr(m.tokenizer, "token_id"):  # byte-level BPE
+        ids, start = encode(prompt_text, special=True), m.prompt_ids("")[0]
+        return ids if ids[0] == start else [start, *ids]
+    before, _, after = prompt_text.partition("<image>")
+    first, *rest = after.split("</s>")
+    ids = [m.tokenizer.bos_id(), *encode(before), m.config.image_token, *encode(first)]
+    for piece in rest:
+        ids.append(m.tokenizer.eos_id())
+        if piece:
+            ids += m.encode_after_eos(piece)
+    return ids
+
+
+def sequence(m, ids, pixels):
+    """A prompt as one whole: embeddings (1, T, D), the image's columns, rotary table (2, T, d), next position."""
+    image, at, tail = m.project(m.features(pixels)), ids.index(m.config.image_token), m.tail(ids)
+    positions, after = m.image_positions(at, m.token_grid(pixels))
+    embeds = torch.cat([m.embed(ids[:at]), image, m.embed(tail)], 1)
+    rope = torch.cat([m.text_rope(0, at), m.rope(positions), m.text_rope(after, len(tail))], 1)
+    return embeds, slice(at, at + image.shape[1]), rope, after + len(tail)
+
+
+@torch.no_grad()
+def logits(m, picture, prompt_text):
+    embeds, _, rope, _ = sequence(m, tokenize(m, prompt_text), m.pixels(picture)[None])
+    return m.head(m.run(embeds, 0, m.depth, rope))[0]
 
 
 @torch.no_grad()
 def answer(m, rpn, picture, question, mode="mask", tau=0.15, max_new_tokens=128, history=(), max_regions=2,
            regions=None):
     """Two-stage answer whose stage 2 runs [system][image][crops][text] through all layers, like the authors' code."""
-    logits = None
-    pixels, ids = m.pixels(picture)[None], m.prompt_ids(question, history)
-    grid = m.token_grid(pixels)
-    letterbox = Letterbox(picture.size, grid, m.frame(picture.size))
+    found = None
+    ids, letterbox = m.prompt_ids(question, history), Letterbox.of(m, picture)
     if regions is None:
-        logits = rpn(m, picture, question, history)
-        regions = find_regions(logits, tau, letterbox.holds_picture())
-    crops, boxes = look_again(m, picture, letterbox, regions, mode, max_regions)
-
-    embeds, columns = m.embed_prompt(ids, m.encode(pixels))  # (1, T, D)
-    positions, P = m.positions(ids, grid), columns.stop
+        found = rpn(m, picture, question, history)
+        regions = find_regions(found, tau, letterbox.holds_picture())
+    crops = upscale(m, picture, letterbox, regions, mode, max_regions)
+    embeds, columns, rope, position = sequence(m, ids, m.pixels(picture)[None])
     if crops:
-        new, after = m.splice(embeds[:, P:], int(positions[..., P].max()), crops)
-        embeds = torch.cat([embeds[:, :P], new], 1)
-        positions = torch.cat([positions[..., :P], after], -1)
-    T = embeds.shape[1]
-    cache = KVCache(m, 1, T + max_new_tokens)
-    cache.shift = next_position(positions) - T
-    last = m.run(embeds, 0, m.depth, m.rope(positions), cache)[:, -1]
-    text = m.detokenize(m.decode(last, cache, T, max_new_tokens)[0])
-    keeps = [crop.keep.view(crop.grid) for crop in crops]
-    read = columns.stop - columns.start + sum(len(crop.tokens) for crop in crops)
-    return Answer(text, boxes, logits, regions, keeps, read)
+        P, text = columns.stop, len(m.tail(ids))
+        new, after, position = m.splice(embeds[:, P:], position - text, crops)
+        embeds, rope = torch.cat([embeds[:, :P], new], 1), torch.cat([rope[:, :P], after], 1)
+    cache = KVCache()
+    last = m.run(embeds, 0, m.depth, rope, cache)[:, -1]
+    ids = m.decode(last, cache, embeds.shape[1], position, max_new_tokens)[0]
+    return Answer(m.detokenize(ids), crops, found, regions)
 
 
 @torch.no_grad()
@@ -53,31 +77,28 @@ def maps(m, recipe, pixels, prompts, responses):
 
 
 def one_map(m, recipe, pixels, prompt, response):
-    embeds, columns = m.embed_prompt(prompt, m.encode(pixels))  # (1, T, D)
-    N, T, grid = columns.stop - columns.start, embeds.shape[1], m.token_grid(pixels)
+    embeds, columns, rope, position = sequence(m, prompt, pixels)
+    N, T = columns.stop - columns.start, embeds.shape[1]
     if not response:
         return torch.zeros(2, N, dtype=torch.float64)
-    positions = m.positions(prompt, grid)
-    first = next_position(positions)
-    fed = torch.arange(first, first + len(response)).expand(*positions.shape[:-1], -1)
-    rope = m.rope(torch.cat([positions, fed], -1))
+    rope = torch.cat([rope, m.text_rope(position, len(response))], 1)
     hidden, attention = torch.cat([embeds, m.embed(response)], 1), []
     for layer in range(m.depth):
         attention.append(whole_attention(m.language_model.layers[layer], hidden, rope))  # (H, T + m, T + m)
         hidden = m.run(hidden, layer, layer + 1, rope)
 
     def pool(heads_of, softmax):
-        rows = [attention[layer][heads, T:, columns] for layer, heads in head_lists(m, heads_of).items()]
+        rows = [attention[layer][slice(None) if heads is None else heads, T:, columns]
+                for layer, heads in heads_of.items()]
         rows = torch.cat(rows)  # (pairs, m, N)
         if softmax == "image":
             rows = rows / rows.sum(-1, keepdim=True)
         return rows.mean((0, 1))
-    raw = pool(recipe["attention"], recipe["softmax"])
-    sink, clean = recipe["sink"], raw
-    if sink is not None and sink["kind"] == "attention":
-        seen = pool(sink["attention"], "sequence")
-        clean = torch.where(seen >= sink["threshold"] * 576 / N, 0.0, raw)
-    return raw, clean
+    raw, sink = pool(recipe.attention, recipe.softmax), recipe.sink
+    if sink is None or sink.kind == "norm":
+        return raw, raw
+    seen = pool(sink.attention, "sequence")
+    return raw, torch.where(seen >= sink.threshold * 576 / N, 0.0, raw)
 
 
 def whole_attention(block, hidden, rope):

@@ -17,11 +17,12 @@ from PIL import Image
 from safetensors import safe_open
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
+sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent), str(HERE)]
 
 from clip import preprocess, to_tensor  # noqa: E402
 from formula import CASES, CONFIGS, picture, prompt, write_checkpoint  # noqa: E402
-from model import LLaVA  # noqa: E402
+from model import load  # noqa: E402
+from slow import logits, tokenize  # noqa: E402
 
 TOLERANCE = 1e-4  # absolute, in float32; ids must be equal
 
@@ -48,7 +49,7 @@ def ours(llava, case):
     text = prompt(case["question"], case["history"])
     got = {"pixel_values": preprocess(shot, size), "pixel_values_crop": centre_crop(shot, size)}
     token, count = CONFIGS[case["config"]]["image_token_index"], llava.vision_tower.grid ** 2
-    got["input_ids"] = torch.tensor([i for t in llava.tokenize(text) for i in ([t] * count if t == token else [t])])
+    got["input_ids"] = torch.tensor([i for t in tokenize(llava, text) for i in ([t] * count if t == token else [t])])
 
     def keep(name):
         def hook(module, args, output=None):
@@ -61,10 +62,10 @@ def ours(llava, case):
              decoder.norm.register_forward_hook(keep("norm"))]
     hooks += [layer.register_forward_hook(keep(f"clip.{n}")) for n, layer in enumerate(tower.encoder.layers, 1)]
     hooks += [layer.register_forward_hook(keep(f"layer.{n}")) for n, layer in enumerate(decoder.layers)]
-    logits = llava.logits(shot, text)
+    final = logits(llava, shot, text)
     for hook in hooks:
         hook.remove()
-    return got | {"logits": logits, "argmax": logits.argmax(-1), "logsumexp": logits.float().logsumexp(-1)}
+    return got | {"logits": final, "argmax": final.argmax(-1), "logsumexp": final.float().logsumexp(-1)}
 
 
 LABELS = {"pixel_values": "pixels, padded", "pixel_values_crop": "pixels, centre crop", "input_ids": "prompt ids",
@@ -110,7 +111,7 @@ def main(names):
     for name in names or CASES:
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint(folder, CONFIGS[CASES[name]["config"]])
-            llava = LLaVA.load(folder, device="cpu", dtype="float32")
+            llava = load(folder, device="cpu", dtype="float32")
         report = compare(llava, name)
         print(name, *(line for _, line in report), sep="\n  ")
         print(f"  parity breaks first at: {first_break(report)}\n" if first_break(report) else "  parity holds\n")
