@@ -79,9 +79,9 @@ class Config:
     mrope_section: list = None       # frequencies of each axis, in families with M-RoPE
 
     def __post_init__(self):
+        check_types(self)
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        check_types(self)
 
 
 # ----------------------------------------------------------------------------- the decoder's parts
