@@ -13,9 +13,8 @@ import contextlib
 import io
 import re
 import sys
-import unicodedata
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-PAD_COLOUR = tuple(int(255 * m) for m in MEAN)  # (122, 116, 104), LLaVA's padding
+PAD_COLOUR = (122, 116, 104)  # LLaVA's padding, int(255 * MEAN)
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_SIDE = 11_000  # pixels; the padded square then takes 363 MB
 Image.MAX_IMAGE_PIXELS = 50_000_000  # Pillow refuses twice as many
@@ -42,9 +41,8 @@ def printable(text, keep=""):
     >>> print(printable("a\x1b[2Jb\n"))
     a\x1b[2Jb\n
     """
-    def unsafe(c):
-        return c not in keep and unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")
-    return "".join(ascii(c)[1:-1] if unsafe(c) else c for c in str(text))
+    unsafe = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+    return re.sub(unsafe, lambda c: c[0] if c[0] in keep else ascii(c[0])[1:-1], str(text))
 
 
 class BadInput(Exception):
@@ -67,20 +65,11 @@ def reading(path, remedy="download it again"):
         yield
     except (BadInput, MemoryError):
         raise
-    except KeyError as e:
-        raise BadInput(f"{path}: no entry {e}; {remedy}") from e
     except Exception as e:
-        problem = getattr(e, "strerror", None) or str(e) or type(e).__name__
+        missing = "no entry " if isinstance(e, KeyError) else ""
+        problem = missing + (getattr(e, "strerror", None) or str(e) or type(e).__name__)
         problem = re.sub(r" <\S+ object at \w+>", "", problem)[:400]
-        raise BadInput(f"{getattr(e, 'filename', None) or path}: {problem}; {remedy}") from e
-
-
-def check_types(record):
-    """Raise TypeError if an int, float, str or bool field of a dataclass holds another type."""
-    for f in fields(record):
-        value, wanted = getattr(record, f.name), (int, float) if f.type is float else f.type
-        if f.type in (int, float, str, bool) and not isinstance(value, (wanted, type(None))):
-            raise TypeError(f"{f.name} = {value!r} is not of type {f.type.__name__}")
+        raise BadInput(f"{path}: {problem}; {remedy}") from e
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -98,26 +87,21 @@ def load_image(path):
             if max(picture.size) > MAX_SIDE:
                 raise ValueError(f"{picture.size} pixels, more than {MAX_SIDE} a side")
             picture.seek(0)
-            if picture.mode == "RGB" and "16" in str(picture.tile):  # Pillow keeps the high bytes
-                key = picture.info.get("transparency")
-                picture.info |= {"transparency": tuple(v >> 8 for v in key)} if key else {}
+            key = picture.info.get("transparency")
+            if isinstance(key, tuple) and "16" in str(picture.tile):  # Pillow keeps the high bytes
+                picture.info["transparency"] = tuple(v >> 8 for v in key)
             picture.load()
-            return turn_upright(to_rgb(picture), picture)
-
-
-def turn_upright(rgb, source):
-    """Apply the EXIF orientation of `source`; damaged EXIF counts as none."""
-    with contextlib.suppress(Exception):  # Pillow has many ways to say that EXIF is damaged
-        rgb.getexif()[0x0112] = source.getexif().get(0x0112)
-    ImageOps.exif_transpose(rgb, in_place=True)
-    return rgb
+            rgb = to_rgb(picture)
+            with contextlib.suppress(Exception):  # damaged EXIF counts as none
+                rgb.getexif()[0x0112] = picture.getexif().get(0x0112)
+        return ImageOps.exif_transpose(rgb)
 
 
 def to_rgb(picture):
     """Any mode -> RGB. 16 bits are scaled to 8, transparency is shown on white."""
     if picture.mode[0] in "IF":  # convert() would clip these
         picture = to_eight_bits(picture)
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGB", picture.size, "white")  # transparent pixels hold any colour
         white.paste(picture, mask=picture)
@@ -140,8 +124,8 @@ def to_eight_bits(picture):
 
 def to_tensor(picture, mean=MEAN, std=STD):
     """An RGB picture -> normalised float32 pixels (3, h, w)."""
-    pixels = torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).float() / 255
-    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    pixels = torch.from_numpy(np.array(picture, dtype=np.uint8)).float() / 255  # (h, w, 3)
+    return ((pixels - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1).contiguous()
 
 
 def pad_to_square(picture, colour=PAD_COLOUR):
@@ -161,7 +145,7 @@ def preprocess(picture, size):
 
 def preprocess_crop(picture, box, size):
     """A region (x0, y0, x1, y1) in source pixels, stretched bilinearly -> (3, S, S) float32."""
-    crop = picture.crop(box).convert("RGB")
+    crop = picture.crop(box)
     return to_tensor(crop.resize((size, size), Image.BILINEAR))
 
 
@@ -179,8 +163,6 @@ class VisionConfig:
     layer_norm_eps: float = 1e-5
     hidden_act: str = "quick_gelu"
     vision_feature_layer: int = -2  # -1: the last layer's output, -2: the one before
-
-    __post_init__ = check_types
 
 
 class Attention(nn.Module):
@@ -248,8 +230,8 @@ class CLIPVision(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        names = [f.name for f in fields(VisionConfig)]
-        config = VisionConfig(**{name: config[name] for name in names if name in config})
+        known = VisionConfig.__annotations__
+        config = VisionConfig(**{name: value for name, value in config.items() if name in known})
         if config.hidden_act not in ("quick_gelu", "gelu"):
             raise ValueError(f"the tower's hidden_act {config.hidden_act} is not supported")
         self.image_size, self.grid = config.image_size, config.image_size // config.patch_size

@@ -27,8 +27,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from clip import (MEAN, STD, BadInput, CLIPVision, check_types, preprocess, preprocess_crop,
-                  printable, reading)
+from clip import (MEAN, STD, BadInput, CLIPVision, preprocess, preprocess_crop, printable,
+                  reading)
 
 ROOT = Path(__file__).resolve().parent
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
@@ -49,6 +49,20 @@ CHANGE_GREEDY = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", 
                  "min_length", "min_new_tokens", "num_beams", "sequence_bias", "guidance_scale",
                  "encoder_repetition_penalty", "exponential_decay_length_penalty", "stop_strings")
 NEUTRAL = (None, 0, 1, [], {})
+
+
+def check_types(record):
+    """Raise TypeError if an int, float, str or bool field of a dataclass holds another type."""
+    for f in fields(record):
+        value, wanted = getattr(record, f.name), (int, float) if f.type is float else f.type
+        if f.type in (int, float, str, bool) and not isinstance(value, (wanted, type(None))):
+            raise TypeError(f"{f.name} = {value!r} is not of type {f.type.__name__}")
+
+
+def from_json(cls, given):
+    """A dataclass from those entries of a JSON object that it has fields for; null is absent."""
+    names = [f.name for f in fields(cls) if given.get(f.name) is not None]
+    return cls(**{name: given[name] for name in names})
 
 
 @dataclass
@@ -456,9 +470,10 @@ class LLaVA(nn.Module):
         """config.json's content -> Config. Raises any error on what is not LLaVA-1.5."""
         vision, text = given.get("vision_config"), given.get("text_config") or {}
         vision = CLIP_DEFAULTS | vision if vision else {}
-        layer = given.get("vision_feature_layer", -2)
-        one = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
-        vision["vision_feature_layer"] = one
+        layer, depth = given.get("vision_feature_layer", -2), vision.get("num_hidden_layers", 24)
+        layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
+        expect({"vision_feature_layer": layer}, vision_feature_layer=range(-depth - 1, depth + 1))
+        vision["vision_feature_layer"] = layer
         expect(given, vision_feature_select_strategy=["default"], projector_hidden_act=["gelu"],
                multimodal_projector_bias=[True])
         expect(text, model_type=["llama"])
@@ -518,13 +533,12 @@ def expect(given, **allowed):
     >>> expect({"hidden_act": "silu"}, hidden_act=["silu"], attention_bias=[False])
     >>> expect({"hidden_act": "relu"}, hidden_act=["silu"])
     Traceback (most recent call last):
-    ValueError: hidden_act = relu is not supported, only silu
+    ValueError: hidden_act = relu is not supported, only ['silu']
     """
     for name, values in allowed.items():
         value = given.get(name)
         if value is not None and value not in values:
-            only = f", only {', '.join(map(str, values))}" if values else ""
-            raise ValueError(f"{name} = {value} is not supported{only}")
+            raise ValueError(f"{name} = {value} is not supported, only {values}")
 
 
 def decoder_config(text, **more):
@@ -533,9 +547,7 @@ def decoder_config(text, **more):
     expect(rope, rope_type=["default"], type=["default"])
     expect(text | rope, hidden_act=["silu"], attention_bias=[False], mlp_bias=[False],
            partial_rotary_factor=[1])
-    given = text | rope | more
-    names = [f.name for f in fields(Config)]
-    return Config(**{name: given[name] for name in names if given.get(name) is not None})
+    return from_json(Config, text | rope | more)
 
 
 def is_tied(*configs):
@@ -568,12 +580,10 @@ def read_processor(folder):
 def check_pixels(folder, size):
     """Raise ValueError if the folder's picture processor is not CLIP's at this size."""
     given = read_processor(folder)
-    for name, values in ("image_mean", MEAN), ("image_std", STD):
-        if any(abs(a - b) > 1e-4 for a, b in zip(given.get(name) or values, values, strict=True)):
-            raise ValueError(f"preprocessor_config.json: {name} = {given[name]} is not CLIP's")
-    sides = given.get("size") or size
-    sides = {*sides.values()} if isinstance(sides, dict) else {sides}
-    expect(given | {"size": max(sides - {size}, default=None)}, size=[size], resample=[3],
+    for name in {"image_mean", "image_std"} & given.keys():
+        given[name] = [round(v, 4) for v in given[name]]  # some files hold float32
+    expect(given, image_mean=[[round(v, 4) for v in MEAN]], image_std=[[round(v, 4) for v in STD]],
+           size=[size, {"shortest_edge": size}, {"height": size, "width": size}], resample=[3],
            do_resize=[True], do_rescale=[True], do_normalize=[True], rescale_factor=[1 / 255])
 
 

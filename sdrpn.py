@@ -27,9 +27,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from clip import BadInput, check_types, pad_to_square, reading
-from model import (Attention, Block, Checkpoint, Config, RMSNorm, expect, read_config, read_json,
-                   rotate, wider)
+from clip import BadInput, pad_to_square, reading
+from model import (Attention, Block, Checkpoint, Config, RMSNorm, check_types, expect, read_config,
+                   read_json, rotate, wider)
 
 
 # ---------------------------------------------------------------------------------------- recipes
@@ -484,19 +484,12 @@ class RPN(nn.Module):
         if (path / "rpn.safetensors").is_file():
             path = path / "rpn.safetensors"
         with reading(path, "name an RPN of this checkpoint, or train one with train.py"):
+            checkpoint = Checkpoint(path, [("model.", "")])
             if path.is_dir():  # as released: the authors call B and R twig_K and twig_T
-                given = read_json(path / "config.json")
-                expect(given, model_type=[m.config.model_type, f"{m.config.model_type}_llama"])
+                given, family = read_json(path / "config.json"), m.config.model_type
+                expect(given, model_type=[family, f"{family}_llama"])
                 facts = {"frozen": given["twig_K"], "layers": given["twig_T"]}
-                last = f"twig_layers.{facts['layers'] - 1}."
-                unused = [last + name for name in (
-                    "mlp.", "post_attention_layernorm.", "self_attn.v_proj.", "self_attn.o_proj.")]
-                unused += ["twig_head.", "model.", "lm_head.", "visual."]
-                unused += [] if m.config.final_norm else ["twig_norm."]
-                renames = [("model.twig_", "twig_"), *((name, None) for name in unused)]
-                checkpoint = Checkpoint(path, renames)
             else:
-                checkpoint = Checkpoint(path, [("model.", "")])
                 facts = json.loads(checkpoint.metadata["sdrpn"])
             if facts.get("fingerprint", m.fingerprint) != m.fingerprint:
                 raise ValueError(f"trained for another checkpoint, {facts.get('ckpt')} with "
@@ -505,6 +498,8 @@ class RPN(nn.Module):
             tau = facts.get("tau", released.get("tau", 0.15))
             with torch.device("meta"):
                 rpn = cls(m.config, facts["frozen"], facts["layers"], tau)
+        used = rpn.state_dict().keys() & checkpoint.tensors.keys()  # a whole model may lie there
+        checkpoint.tensors = {key: checkpoint.tensors[key] for key in used}
         checkpoint.fill(rpn, m.device, m.dtype)
         rpn.path = path
         return rpn
