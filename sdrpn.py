@@ -805,6 +805,16 @@ class Letterbox:
             mask[rows, max(math.floor(left), 0):max(math.ceil(right), 0)] = True
         return mask
 
+    def upsample(self, values):
+        """A map (h, w) -> array (height, width) in source pixels, bilinear: an overlay.
+
+        >>> Letterbox((4, 2), 2).upsample(torch.tensor([[0., 4.], [0., 4.]])).tolist()
+        [[0.0, 1.0, 3.0, 4.0], [0.0, 1.0, 3.0, 4.0]]
+        """
+        (w, h), (x, y) = self.picture_size, self.offset
+        frame = F.interpolate(values[None, None], self.frame[::-1], mode="bilinear")[0, 0]
+        return frame[y:y + h, x:x + w].numpy()
+
     def holds_picture(self):
         """(h, w) bool: the cells with at least one pixel of the picture; the others are padding."""
         return self.cells_of([(0, 0, *self.picture_size)])
