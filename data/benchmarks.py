@@ -5,12 +5,12 @@
     python data/benchmarks.py docvqa DocVQA/validation-*.parquet            # pictures: inside
     python infer.py --eval data/textvqa_val.jsonl --ckpt llava-1.5-7b
 
-Official files and the parquet files of the Hugging Face hub give the same questions. The prompts
-are those of lmms-eval to the letter, oddities included: answers of a 7B model change with a
-capital. Each question carries its metric (data/metrics.py) and the paper's token limit and tau.
+The official files and the parquet files of the Hugging Face hub give the same questions. The
+prompts are those of lmms-eval to the letter, oddities included: a 7B model's answers change with a
+capital. Each question carries its benchmark, its metric (data/metrics.py) and its token limit.
 
 Left out: downloading (--help says where the files come from) and test splits whose answers are
-secret. A question without its picture is left out too, and counted.
+secret. A question that is malformed or has no picture is left out too, and counted.
 """
 import argparse
 import base64
@@ -21,232 +21,211 @@ import json
 import os
 import re
 import shlex
+import string
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script, only data/ is on the path
-from clip import BadInput, printable  # noqa: E402
-from data.program import first_few, run_program, say  # noqa: E402
-from data.questions import write_questions  # noqa: E402
+from clip import BadInput, printable, reading  # noqa: E402
+from data.files import write_file  # noqa: E402
+from data.program import log, run_program  # noqa: E402
+from data.questions import check_question, describe, write_questions  # noqa: E402
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
 # --------------------------------------------------------------------------------------- converters
-# A converter turns a record r into a question, all but its image. `seen` counts the questions of
-# each kind so far; `stem` is the file's name; `root` the folder of the pictures. Fields are named
-# as in the official file. The first line of each docstring is what --help and messages quote.
+# A converter turns a record r into a question without its picture. Fields have the names of the
+# official files; r["file"] is the name of the file without its suffix.
 
-def textvqa(r, seen, stem, root):
-    """TextVQA_0.5.1_val.json and train_val_images.zip (holds train_images/), textvqa.org/dataset
-
-    5,000 questions, 10 answers each. No OCR tokens are given to the model."""
+def textvqa(r):
+    """Ten answers each. The model is given no OCR tokens."""
     # quirk: capitalize() lower-cases the rest ("the nasa sign"), and the harness asks it like that
     return dict(id=str(r["question_id"]), question=r["question"].capitalize() + SHORT,
                 answers=texts(r["answers"]))
 
 
-def docvqa(r, seen, stem, root):
-    """val_v1.0_withQT.json and documents/, rrc.cvc.uab.es/?ch=17, task 1 (needs an account)
-
-    5,349 questions. The test split has no answers; its scores come from that server only."""
+def docvqa(r):
     return dict(id=str(r["questionId"]), question=r["question"] + SHORT,
                 answers=texts(r["answers"]))
 
 
-def infovqa(r, seen, stem, root):
-    """infographicsVQA_val_v1.0_withQT.json, infographicsvqa_images/, rrc.cvc.uab.es/?ch=17, task 3
-
-    2,801 questions."""
-    return docvqa(r, seen, stem, root)
-
-
-def chartqa(r, seen, stem, root):
-    """test_human.json, test_augmented.json and png/, github.com/vis-nlp/ChartQA, in its test/
-
-    1,250 questions in each file; the published number is over both."""
-    kind = kind_of(r.get("type") or stem, "human", "augmented")
-    return dict(id=f"{kind}-{seen[kind]}", kind=kind, answers=texts(r["label"]),
-                question=r["query"] + "\nAnswer the question with a single word.")
+def chartqa(r):
+    return dict(kind=kind_of(r.get("type") or r["file"], "human", "augmented"),
+                question=r["query"] + "\nAnswer the question with a single word.",
+                answers=texts(r["label"]))
 
 
-def ocrbench(r, seen, stem, root):
-    """OCRBench.json and OCRBench_Images/, as linked from github.com/Yuliang-Liu/MultimodalOCR
-
-    1,000 questions of 10 kinds. The harness, like the parquet file, has JPEG copies of the official
-    pictures, so single answers can differ."""
-    return dict(id=str(sum(seen.values())), kind=r["type"], dataset=r["dataset_name"],
-                question=r["question"].strip(), answers=texts(r["answers"]))
+def ocrbench(r):
+    """The harness, like the parquet file, has JPEG copies of the official pictures."""
+    return dict(kind=r["type"], dataset=r["dataset_name"], question=r["question"].strip(),
+                answers=texts(r["answers"]))
 
 
-def vstar(r, seen, stem, root):
-    """test_questions.jsonl and the folders beside it, huggingface.co/datasets/craigwu/vstar_bench
-
-    191 questions (115 attributes, 76 positions). True boxes come from the sa_xxxx.json beside each
-    picture; the parquet files have none."""
-    head, *options = re.split(r"\(([A-D])\)", r["text"])
-    lines = [head.strip()]
-    for letter, text in zip(options[::2], options[1::2]):
-        lines.append(f"{letter}. {text.strip()}")
+def vstar(r):
+    """
+    >>> r = {"question_id": 0, "category": "c", "label": "A",
+    ...      "text": "Glove (left)?\\n(A) dark (red)\\n(B) blue\\n(C) red"}
+    >>> vstar(r)["question"].split("\\n")[:3]
+    ['Glove (left)?', 'A. blue', 'B. red']
+    """
+    text = r["text"]
+    # quirk: an option with a bracket in its text is lost, and the options behind it move up
+    options = re.findall(r"\([A-D]\)\s*([^()]+?)\s*(?=\([A-D]\)|$)", text)
+    if options:
+        lines = [text.partition("(A)")[0].strip()]
+        lines += [f"{letter}. {option.strip()}" for letter, option in zip("ABCD", options)]
+        text = "\n".join(lines)
     # quirk: the text ends in the instruction already, and the harness appends it once more
-    found = dict(id=str(r["question_id"]), kind=r["category"], question="\n".join(lines) + LETTER,
-                 answers=texts(r["label"]))
-    notes = (root / r["image"]).with_suffix(".json") if isinstance(r["image"], str) else None
-    if notes and notes.is_file():
-        boxes = json.loads(notes.read_text(encoding="utf-8-sig"))["bbox"]
-        found["boxes"] = [[x, y, x + w, y + h] for x, y, w, h in boxes]
-    return found
+    return dict(id=str(r["question_id"]), kind=r["category"], question=text + LETTER,
+                answers=texts(r["label"]))
 
 
-def pope(r, seen, stem, root):
-    """coco_pope_{random,popular,adversarial}.json, github.com/RUCAIBox/POPE, and COCO's val2014/
-
-    3,000 questions in each of the three (older copies: 2,910 random ones); the published F1 is over
-    all of them."""
-    kind = kind_of(r.get("category") or stem, "random", "popular", "adversarial")
+def pope(r):
+    kind = kind_of(r.get("category") or r["file"], "random", "popular", "adversarial")
     return dict(id=f"{kind}-{r['question_id']}", kind=kind, question=r["text"].strip() + SHORT,
                 answers=texts(r["label"]))
 
 
-def hrbench(r, seen, stem, root):
-    """hr_bench_4k.tsv or hr_bench_8k.tsv of huggingface.co/datasets/DreamMr/HR-Bench
-
-    800 rows each: 200 questions, the options in 4 orders."""
-    options = {letter: str(r[letter]) for letter in "ABCDEFGH" if r.get(letter)}
+def hrbench(r):
+    """200 questions, the options in 4 orders."""
+    options = {letter: str(r[letter]) for letter in string.ascii_uppercase
+               if not is_null(r.get(letter))}
     lines = [r["question"].strip(), *(f"{letter}. {text}" for letter, text in options.items()),
              "Answer the option letter directly."]
     return dict(id=str(r["index"]), kind=r["category"], cycle=r["cycle_category"],
                 question="\n".join(lines), answers=texts(r["answer"]), options=options)
 
 
+def is_null(value):
+    """True for None and NaN."""
+    return value is None or value != value
+
+
 def texts(value):
     """Answers as a list of strings: the files hold strings, numbers and lists."""
-    value = value if isinstance(value, list) else [value]
-    if not value or None in value:
+    values = value if isinstance(value, list) else [value]
+    if not values or any(map(is_null, values)):
         raise ValueError("it has no answer (a test split?)")
-    return [str(answer) for answer in value]
+    return [str(answer) for answer in values]
 
 
 def kind_of(name, *kinds):
-    """The kind that a name holds: of a file, or of the column that the hub's files have instead."""
+    """The kind that a name holds: that of a file, or the hub's column of kinds."""
     return next((kind for kind in kinds if kind in name.lower()), name)
-
-
-# ------------------------------------------------------------------------------------------ readers
-
-def json_file(file):
-    data = json.loads(file.read_text(encoding="utf-8-sig"))  # -sig: drops a byte-order mark
-    if isinstance(data, dict):
-        data = data.get("data")
-    if not isinstance(data, list):
-        raise ValueError("holds no list of questions")
-    return data
-
-
-def json_lines(file):
-    with open(file, encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                if line.strip():
-                    yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} is not JSON ({error.msg})") from None
-
-
-def tsv(file):
-    csv.field_size_limit(2 ** 31 - 1)  # an 8K picture is one field of about 6 million letters
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        yield from csv.DictReader(lines, delimiter="\t")
-
-
-def parquet(file):
-    """The rows of a parquet file as dicts. In memory is one row group at a time, 2 to 3 times."""
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise BadInput(f"{file}: reading parquet needs pyarrow: pip install pyarrow") from None
-    try:
-        with ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
-            for group in range(table.num_row_groups):
-                for batch in table.iter_batches(16, row_groups=[group], use_threads=False):
-                    yield from batch.to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"not a parquet file, or cut short ({str(error)[:80]})") from None
 
 
 # --------------------------------------------------------------------------------------- benchmarks
 
 @dataclass(frozen=True)
 class Benchmark:
-    convert: Callable        # record -> question
-    picture: Callable | None  # record -> its picture in the official archive; None: in the file
-    read: Callable           # official file -> records
-    count: int               # questions of the whole benchmark
-    out: str                 # name of the question file
-    shared: dict             # what every question says
-    hub: str                 # data set on the hub whose parquet files hold the same
-    split: str               # what the names of those files hold ...
-    other: str = "\0"        # ... and what they do not
-    official_names: dict = field(default_factory=dict)  # of the parquet columns that differ
+    convert: Callable    # record -> question
+    picture: str         # its picture in the official archive, from the record's fields
+    count: int           # questions of the whole benchmark
+    out: str             # name of the question file
+    metric: str
+    max_new_tokens: int
+    source: str          # where the official files come from
+    hub: str             # data set on the hub whose parquet files hold the same
+    split: str           # what the names of those files contain ...
+    other: str = "\0"    # ... and what they do not
+    renames: dict = field(default_factory=dict)  # parquet column: its name in the official file
 
 
 BENCHMARKS = {
     "textvqa": Benchmark(
-        textvqa, lambda r: f"train_images/{r['image_id']}.jpg", json_file, 5000, "textvqa_val",
-        dict(metric="vqa", max_new_tokens=1024, tau=0.15), "lmms-lab/textvqa", "validation"),
+        textvqa, "train_images/{image_id}.jpg", 5000, "textvqa_val", "vqa", 1024,
+        "TextVQA_0.5.1_val.json and train_val_images.zip (holds train_images/), "
+        "textvqa.org/dataset", "lmms-lab/textvqa", "validation"),
     "docvqa": Benchmark(
-        docvqa, lambda r: r["image"], json_file, 5349, "docvqa_val",
-        dict(metric="anls", max_new_tokens=32, tau=0.10), "lmms-lab/DocVQA", "validation",
-        other="InfographicVQA/"),
+        docvqa, "{image}", 5349, "docvqa_val", "anls", 32,
+        "val_v1.0_withQT.json and documents/, rrc.cvc.uab.es/?ch=17, task 1 (needs an account)",
+        "lmms-lab/DocVQA", "validation", other="InfographicVQA/"),
     "infovqa": Benchmark(
-        infovqa, lambda r: f"infographicsvqa_images/{r['image_local_name']}", json_file, 2801,
-        "infovqa_val", dict(metric="anls", max_new_tokens=32, tau=0.15), "lmms-lab/DocVQA",
-        "validation", other="DocVQA/"),
+        docvqa, "infographicsvqa_images/{image_local_name}", 2801, "infovqa_val", "anls", 32,
+        "infographicsVQA_val_v1.0_withQT.json and infographicsvqa_images/, rrc.cvc.uab.es/?ch=17, "
+        "task 3", "lmms-lab/DocVQA", "validation", other="DocVQA/"),
     "chartqa": Benchmark(
-        chartqa, lambda r: f"png/{r['imgname']}", json_file, 2500, "chartqa_test",
-        dict(metric="relaxed", max_new_tokens=16, tau=0.15), "lmms-lab/ChartQA", "test",
-        official_names={"question": "query", "answer": "label"}),
+        chartqa, "png/{imgname}", 2500, "chartqa_test", "relaxed", 16,
+        "test_human.json, test_augmented.json and png/, github.com/vis-nlp/ChartQA, in its test/",
+        "lmms-lab/ChartQA", "test", renames={"question": "query", "answer": "label"}),
     "ocrbench": Benchmark(
-        ocrbench, lambda r: f"OCRBench_Images/{r['image_path']}", json_file, 1000, "ocrbench",
-        dict(metric="ocrbench", max_new_tokens=128, tau=0.05), "echo840/OCRBench", "test",
-        official_names={"dataset": "dataset_name", "question_type": "type", "answer": "answers"}),
+        ocrbench, "OCRBench_Images/{image_path}", 1000, "ocrbench", "ocrbench", 128,
+        "OCRBench.json and OCRBench_Images/, as linked from github.com/Yuliang-Liu/MultimodalOCR",
+        "echo840/OCRBench", "test",
+        renames={"dataset": "dataset_name", "question_type": "type", "answer": "answers"}),
     "vstar": Benchmark(
-        vstar, lambda r: r["image"], json_lines, 191, "vstar",
-        dict(metric="letter", max_new_tokens=16, tau=0.10), "lmms-lab/vstar-bench", "test"),
+        vstar, "{image}", 191, "vstar", "letter", 16,
+        "test_questions.jsonl and the folders beside it (the sa_xxxx.json have the true boxes), "
+        "huggingface.co/datasets/craigwu/vstar_bench", "lmms-lab/vstar-bench", "test"),
     "pope": Benchmark(
-        pope, lambda r: f"val2014/{r['image']}", json_lines, 9000, "pope",
-        dict(metric="pope", max_new_tokens=128, tau=0.15), "lmms-lab/POPE", "test",
-        other="Full/", official_names={"question": "text", "answer": "label"}),
+        pope, "val2014/{image}", 9000, "pope", "pope", 128,
+        "coco_pope_{random,popular,adversarial}.json, github.com/RUCAIBox/POPE, and COCO's "
+        "val2014/", "lmms-lab/POPE", "test", other="Full/",
+        renames={"question": "text", "answer": "label"}),
     "hrbench4k": Benchmark(
-        hrbench, None, tsv, 800, "hrbench4k",
-        dict(metric="hr", max_new_tokens=1024, tau=0.10), "DreamMr/HR-Bench", "4k"),
+        hrbench, "", 800, "hrbench4k", "hr", 1024,
+        "hr_bench_4k.tsv, huggingface.co/datasets/DreamMr/HR-Bench", "DreamMr/HR-Bench", "4k"),
     "hrbench8k": Benchmark(
-        hrbench, None, tsv, 800, "hrbench8k",
-        dict(metric="hr", max_new_tokens=1024, tau=0.10), "DreamMr/HR-Bench", "8k"),
+        hrbench, "", 800, "hrbench8k", "hr", 1024,
+        "hr_bench_8k.tsv, huggingface.co/datasets/DreamMr/HR-Bench", "DreamMr/HR-Bench", "8k"),
 }
 
 
-def sources(name):
-    """Where a benchmark's files come from: the official ones, and those of the hub."""
-    benchmark = BENCHMARKS[name]
-    return (benchmark.convert.__doc__.splitlines()[0],
-            f"*{benchmark.split}*.parquet, huggingface.co/datasets/{benchmark.hub}")
-
-
 def needs(name):
-    return f"{name} is made from " + "; or from ".join(sources(name))
+    b = BENCHMARKS[name]
+    return (f"{name} is made from {b.source}; or from *{b.split}*.parquet, "
+            f"huggingface.co/datasets/{b.hub} (pip install pyarrow)")
 
 
-# -------------------------------------------------------------------------- from files to questions
+# ------------------------------------------------------------------------------------------ readers
+
+def read_json(file):
+    """Records of a JSON list, of an object whose "data" is the list, or of one object a line."""
+    text = file.read_text(encoding="utf-8-sig")  # -sig drops a byte-order mark
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    return data.get("data", [data]) if isinstance(data, dict) else data
+
+
+def read_tsv(file):
+    """Rows as dicts; an empty field and NaN are null."""
+    csv.field_size_limit(2 ** 31 - 1)  # an 8K picture is one field of about 6 million letters
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        for row in csv.DictReader(lines, delimiter="\t"):
+            yield {key: None if value in ("", "nan", "NaN") else value
+                   for key, value in row.items()}
+
+
+def read_parquet(file):
+    """Rows as dicts. One row group at a time is in memory, two to three times over."""
+    from pyarrow.parquet import ParquetFile
+    with ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
+        for group in range(table.num_row_groups):
+            for batch in table.iter_batches(16, row_groups=[group], use_threads=False):
+                yield from batch.to_pylist()
+
+
+def records(name, file):
+    """The records of a file with the field names of the official one, and "file"."""
+    read = {".parquet": read_parquet, ".tsv": read_tsv}.get(file.suffix, read_json)
+    renames = BENCHMARKS[name].renames if file.suffix == ".parquet" else {}
+    with reading(file, needs(name)):
+        for row in read(file):
+            record = {renames.get(key, key): value for key, value in row.items()}
+            yield record | {"file": file.stem}
+
 
 def files_of(name, paths):
     """The files among paths; a folder stands for the parquet files of this benchmark's split."""
@@ -254,39 +233,24 @@ def files_of(name, paths):
     for path in paths:
         if not path.is_dir():
             files.append(path)
-            continue
-        found = []
         for file in sorted(path.rglob("*.parquet")):
             inside = file.relative_to(path).as_posix()
             if benchmark.split in inside and benchmark.other not in inside:
-                found.append(file)
-        if not found:
-            raise BadInput(f"{path}: holds no *{benchmark.split}*.parquet; {needs(name)}")
-        files += found
-    for file in files:
-        if not file.is_file():
-            raise BadInput(f"{file}: no such file; {needs(name)}")
-    if len({file.suffix == ".parquet" for file in files}) > 1:
-        raise BadInput(f"{files[0]}: give parquet files or official ones, not both")
+                files.append(file)
+    if not files:
+        raise BadInput(f"{paths[0]}: holds no *{benchmark.split}*.parquet; {needs(name)}")
     return files
 
 
-def records(name, file):
-    """The records of a file, their fields named as in the official one."""
-    benchmark = BENCHMARKS[name]
-    if file.suffix != ".parquet":
-        yield from benchmark.read(file)
-        return
-    for row in parquet(file):
-        yield {benchmark.official_names.get(column, column): value for column, value in row.items()}
-
+# -------------------------------------------------------------------------- from files to questions
 
 def locate(root, image):
-    """`image` below root, or None. `image` starts with the folder that the official archive holds;
-    root may be where that folder is, or the folder itself."""
+    """`image` below root. It starts with a folder of the official archive; root may be where that
+    folder is, or the folder itself. Raises FileNotFoundError."""
     for path in (image, image.partition("/")[2]):
         if path and (root / path).is_file():
             return path
+    raise FileNotFoundError(image)
 
 
 def unpack(picture, root):
@@ -295,88 +259,64 @@ def unpack(picture, root):
     The hub's files hold {"bytes": ..., "path": ...}, HR-Bench base64 text.
     """
     if isinstance(picture, dict):
-        picture = picture.get("bytes")
-    try:
-        if isinstance(picture, str):
-            picture = base64.b64decode(picture)
-        with Image.open(io.BytesIO(picture)) as opened:  # reads the header only
-            suffix = opened.format.lower()
-    except (OSError, TypeError, ValueError):
-        raise ValueError("its image is not a picture, or cut short") from None
+        picture = picture["bytes"]
+    if isinstance(picture, str):
+        picture = base64.b64decode(picture)
+    with Image.open(io.BytesIO(picture)) as opened:  # reads the header only
+        suffix = opened.format.lower()
     path = root / f"{hashlib.sha256(picture).hexdigest()[:16]}.{suffix}"
     if not path.exists():
-        path.write_bytes(picture)
+        write_file(path, lambda partial: partial.write_bytes(picture))
     return path.name
 
 
+def true_boxes(notes):
+    """{"boxes": ...} of V*'s file beside a picture, which has them as (x, y, w, h); {} without."""
+    if not notes.is_file():
+        return {}
+    with reading(notes):
+        boxes = json.loads(notes.read_text(encoding="utf-8-sig"))["bbox"]
+        return {"boxes": [[x, y, x + w, y + h] for x, y, w, h in boxes]}
+
+
 def convert(name, files, root, unpacks):
-    """Yield (question, its picture below root or None, where the picture was looked for)."""
-    benchmark, seen = BENCHMARKS[name], Counter()
+    """-> questions with pictures below root; {reason: [what was left out]}."""
+    b, kept, left_out, seen = BENCHMARKS[name], [], {}, Counter()
+    shared = dict(metric=b.metric, max_new_tokens=b.max_new_tokens, benchmark=name)
     for file in files:
-        number = 0
-        try:
-            for number, record in enumerate(records(name, file)):
-                question = benchmark.convert(record, seen, file.stem, root)
-                question |= {"benchmark": name} | benchmark.shared
-                seen[question.get("kind")] += 1
+        for number, record in enumerate(records(name, file), 1):
+            try:
+                question = b.convert(record) | shared
+                kind = question.get("kind")
+                question.setdefault("id", f"{kind}-{seen[kind]}")
+                seen[kind] += 1
                 if unpacks:
-                    image = wanted = unpack(record["image"], root)
+                    question["image"] = unpack(record["image"], root)
                 else:
-                    wanted = benchmark.picture(record)
-                    image = locate(root, wanted)
-                yield question | {"image": image}, image, wanted
-        except KeyError as error:
-            renamed = {new: old for old, new in benchmark.official_names.items()} if unpacks else {}
-            lacking = renamed.get(error.args[0], error.args[0])
-            raise BadInput(f"{file}: near question {number + 1}: no field {lacking!r}; "
-                           f"{needs(name)}") from None
-        except (TypeError, AttributeError, ValueError, RecursionError, csv.Error) as error:
-            raise BadInput(f"{file}: near question {number + 1}: {error}; {needs(name)}") from None
-
-
-def make(name, files, root, out, unpacks):
-    """Write the question file and, if they come inside, the pictures -> (kinds counted, missing).
-
-    All is made in a folder of its own and moved when complete: a failure leaves nothing behind.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=out.parent) as work:
-        made = Path(work)
-        (made / "pictures").mkdir()
-        found, missing = [], []
-        for question, image, wanted in convert(
-                name, files, made / "pictures" if unpacks else root, unpacks):
-            if image:
-                found.append(question)
-            else:
-                missing.append(wanted)
-        if missing and not found:
-            raise BadInput(f"{root}: none of the {len(missing)} pictures is here, the first is "
-                           f"{missing[0]}; name their folder with --images")
-        if not found:
-            raise BadInput(f"{files[0]}: holds no question; {needs(name)}")
-        write_questions(made / "questions", root, found)
-        for picture in (made / "pictures").iterdir():
-            root.mkdir(exist_ok=True)
-            os.replace(picture, root / picture.name)
-        os.replace(made / "questions", out)
-    return Counter(str(question.get("kind")) for question in found), missing
+                    question["image"] = locate(root, b.picture.format_map(record))
+                    question |= true_boxes((root / question["image"]).with_suffix(".json"))
+                check_question(question)
+                kept.append(question)
+            except FileNotFoundError as error:
+                left_out.setdefault("without a picture", []).append(str(error))
+            except (AttributeError, LookupError, TypeError, ValueError,
+                    UnidentifiedImageError) as error:
+                problem = f"{file.name} question {number}: {type(error).__name__}: {error}"
+                left_out.setdefault("malformed", []).append(problem)
+    return kept, left_out
 
 
 # ------------------------------------------------------------------------------------------ command
 
-def report(name, kinds, missing, root, out):
-    count, expected = sum(kinds.values()), BENCHMARKS[name].count
-    print(f"{name}: {count} questions, pictures in {printable(root)}")
-    if len(kinds) > 1:
-        for kind, number in kinds.items():
-            print(f"  {number:5} {printable(kind)}")
-    if missing:
-        say(f"warning: {len(missing)} questions left out, their picture is not in {root}: "
-            f"{first_few(missing)}")
-    if count != expected:
-        say(f"warning: {count} questions, the benchmark has {expected}: the score will not be "
-            f"comparable; {needs(name)}")
+def report(name, kept, left_out, root, out):
+    print(f"{name}: {len(kept)} questions, pictures in {printable(root)}")
+    for kind, count in Counter(q["kind"] for q in kept if "kind" in q).items():
+        print(f"  {count:5} {printable(kind)}")
+    if left_out:
+        log(f"warning: left out: {describe(left_out)}; pictures were looked for in {root}")
+    if len(kept) != BENCHMARKS[name].count:
+        log(f"warning: the benchmark has {BENCHMARKS[name].count} questions, so this score will "
+            f"not be comparable; {needs(name)}")
     infer, out = (os.path.relpath(path) for path in (ROOT / "infer.py", out))
     print(f"wrote {printable(out)}")
     print(f"next: python {shlex.quote(infer)} --eval {shlex.quote(printable(out))} "
@@ -389,26 +329,25 @@ def run(args):
     out = out.resolve()
     if out in [file.resolve() for file in files]:
         raise BadInput(f"{out}: would be overwritten by its own result; give --out another name")
-    unpacks = files[0].suffix == ".parquet" or BENCHMARKS[args.name].picture is None
-    if unpacks and args.images:
-        raise BadInput(f"--images {args.images}: the pictures are inside {files[0].name}; "
-                       "leave --images out")
+    unpacks = files[0].suffix in (".parquet", ".tsv")
     if unpacks:
         root = out.parent / f"{out.stem}_images"
+        root.mkdir(parents=True, exist_ok=True)
     else:
         root = (args.images or files[0].parent).resolve()
-        if not root.is_dir():
-            raise BadInput(f"--images {root}: no such folder; {needs(args.name)}")
-    kinds, missing = make(args.name, files, root, out, unpacks)
-    report(args.name, kinds, missing, root, out)
+    kept, left_out = convert(args.name, files, root, unpacks)
+    if not kept:
+        raise BadInput(f"{files[0]}: no question can be used: {describe(left_out) or 'none there'};"
+                       f" pictures were looked for in {root} (--images); {needs(args.name)}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_questions(out, root, kept)
+    report(args.name, kept, left_out, root, out)
 
 
 def parser():
-    where = ["{:10} {}\n{:10} {}".format(name, sources(name)[0], "", sources(name)[1])
-             for name in BENCHMARKS]
     p = argparse.ArgumentParser(
         "benchmarks.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(where))
+        epilog="\n".join(map(needs, BENCHMARKS)))
     p.add_argument("name", choices=BENCHMARKS, metavar="BENCHMARK",
                    help="one of: " + " ".join(BENCHMARKS))
     p.add_argument("files", nargs="+", type=Path, metavar="FILE",

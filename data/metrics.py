@@ -1,25 +1,31 @@
-"""Scores of answers, by the rules of lmms-eval, so that numbers can be laid beside published ones.
+"""Scores answers by the rules of lmms-eval, so that the numbers compare with published ones.
 
     from data import metrics
     metrics.score({"metric": "relaxed", "answers": ["10"]}, "10.4")      # -> 1.0
-    python -m doctest data/metrics.py                 # every example below; silence is good
+    python -m doctest data/metrics.py                 # runs every example below
 
-Functions compare strings; a score lies in [0, 1], a letter function gives a letter or None. A new
-metric is such a function and its line in METRICS, which all else here and data/questions.py read.
-The harness has oddities ("Cotton" counts as option C). They move the published numbers, so they are
-kept, each marked `quirk` beside its line. Left out: asking GPT which option a reply means (HR-Bench
-does; here such a reply is wrong) and the official scripts where they differ from lmms-eval.
+A metric compares strings and gives a score in [0, 1]; a letter function gives a letter or None. A
+new metric is one function and its line in METRICS. The harness has oddities ("Cotton" counts as
+option C). They move the published numbers, so they are kept, each marked `quirk` on its line.
+Left out: asking GPT which option a reply means (HR-Bench does; here such a reply is wrong), and the
+official scripts where they differ from lmms-eval.
 """
+import json
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from statistics import stdev
 
 import numpy as np
 
-from clip import printable
+from clip import BadInput, printable
 
-# The normaliser of TextVQA restores missing apostrophes: dont -> don't.
+PAPER = Path(__file__).parent / "paper.json"
+
+# TextVQA's normaliser restores missing apostrophes: dont -> don't.
 ONE_APOSTROPHE = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't
     he'd he's how'd how'll how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't
     not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's someone'd someone'll
@@ -41,7 +47,7 @@ NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four
            "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 PUNCTUATION = ";/[]\"{}()=+\\_-><@`!"
 
-# HR-Bench: a reply holding one of these is a refusal.
+# HR-Bench: a reply that contains one of these is a refusal.
 REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
             "I'm sorry, but without the image provided", "Cannot determine the answer")
 
@@ -49,7 +55,7 @@ REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process t
 # ----------------------------------------------------------------------------- one reply, one score
 
 def exact(prediction, answers):
-    """1 if the reply is one of the answers, but for case and outer spaces. The default metric.
+    """1 if the reply is one of the answers. Case and outer spaces do not count. The default metric.
 
     >>> exact(" Red\\n", ["red", "dark red"]), exact("reddish", ["red"])
     (1.0, 0.0)
@@ -57,8 +63,9 @@ def exact(prediction, answers):
     return float(prediction.strip().lower() in [answer.strip().lower() for answer in answers])
 
 
+@lru_cache(100_000)
 def normalise(text):
-    """TextVQA's idea of the same answer: case, articles, most punctuation, number words go.
+    """What TextVQA compares: no case, articles or number words, and little punctuation.
 
     >>> [normalise(t) for t in ("The Coca-Cola", "12,345", "U.S.A.", "3.5", "none", "dont")]
     ['coca cola', '12345', 'usa', '3.5', '0', "don't"]
@@ -66,10 +73,10 @@ def normalise(text):
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     text = text.replace("\n", " ").replace("\t", " ").strip()
     before = text
-    for mark in PUNCTUATION:  # at a word's edge it goes; inside words it parts them: 7-up -> 7 up
+    for mark in PUNCTUATION:  # dropped at a word's edge; a space inside words: 7-up -> 7 up
         at_an_edge = mark + " " in before or " " + mark in before
         text = text.replace(mark, "" if at_an_edge else " ")
-    # quirks: the look-behind that was to keep "3." does not, and 32 was meant as a flag
+    # quirks: the look-behind meant to keep "3." fails, and 32 was meant as a flag
     text = re.sub(r"\.(?!\d)", "", text, count=32)
     words = [NUMBERS.get(word, word) for word in text.split()]
     words = [word for word in words if word not in ("a", "an", "the")]
@@ -77,9 +84,9 @@ def normalise(text):
 
 
 def vqa_accuracy(prediction, answers):
-    """Full marks if 3 of 9 people gave this answer; the mean over leaving each of the 10 out.
+    """1 if 3 of 9 people gave this answer; the mean over leaving out each of the 10 in turn.
 
-    Meant for about 10 answers: with 3 or fewer no reply can reach 1 (use `exact` for those).
+    It needs about 10 answers: with 3 or fewer no reply reaches 1, and with one none scores at all.
     >>> round(vqa_accuracy("The NASA!", ["nasa"] * 3 + ["esa"] * 7), 6)    # (3 * 2/3 + 7 * 1) / 10
     0.9
     """
@@ -95,6 +102,8 @@ def levenshtein(a, b):
     >>> levenshtein("kitten", "sitting")
     3
     """
+    if a == b:
+        return 0
     before = list(range(len(b) + 1))  # distances from a[:i] to every prefix of b, here i = 0
     for i, x in enumerate(a, 1):
         after = [i]
@@ -106,7 +115,7 @@ def levenshtein(a, b):
 
 
 def anls(prediction, answers):
-    """1 - edit distance / length, for the nearest answer; below 0.5 it is 0 (DocVQA, InfoVQA).
+    """1 - edit distance / length for the nearest answer; 0 if below 0.5 (DocVQA, InfoVQA).
 
     >>> anls("Helo", ["Hello"]), anls("ab", ["abcd"]), anls("a", ["abcd"])    # 0.5 itself is kept
     (0.8, 0.5, 0.0)
@@ -115,7 +124,8 @@ def anls(prediction, answers):
     for answer in answers:
         want, got = (" ".join(text.lower().split()) for text in (answer, prediction))
         distance = levenshtein(want, got)
-        length = max(len(answer), len(prediction))  # quirk: of the raw texts, spaces and all
+        # quirk: lengths of the raw upper-cased texts; spaces count, and "ß" is "SS", two letters
+        length = max(len(answer.upper()), len(prediction.upper()))
         nearest = min(nearest, distance / length if length else 0.0)
     return 1 - nearest if 1 - nearest >= 0.5 else 0.0
 
@@ -128,7 +138,7 @@ def to_float(text):
 
 
 def relaxed_accuracy(prediction, answer):
-    """Numbers may be 5 % off; other answers must be equal but for case (ChartQA).
+    """1 if a number is within 5 %, or a text is equal whatever its case (ChartQA).
 
     >>> relaxed_accuracy("10.4", "10"), relaxed_accuracy("10.6", "10")
     (1.0, 0.0)
@@ -136,13 +146,13 @@ def relaxed_accuracy(prediction, answer):
     (1.0, 1.0)
     """
     got, want = to_float(prediction), to_float(answer)
-    if got is not None and want:  # quirk: a 0 that is wanted falls through, so "0.0" is wrong
+    if got is not None and want:  # quirk: an answer of 0 falls through, so "0.0" is wrong
         return float(abs(got - want) / abs(want) <= 0.05)
     return float(prediction.lower() == answer.lower())  # quirk: no stripping
 
 
 def ocrbench(prediction, answers, dataset):
-    """1 if an answer occurs in the reply. Formulas (HME100k) are compared without any spaces.
+    """1 if the reply contains an answer. Formulas (HME100k) are compared without spaces.
 
     >>> ocrbench("It says 'Centre'.", ["CENTRE"], "IIIT5K"), ocrbench("x ^ 2", ["x^2"], "HME100k")
     (1.0, 1.0)
@@ -158,7 +168,7 @@ def ocrbench(prediction, answers, dataset):
 
 
 LETTER_PATTERNS = (
-    r"^([A-D])",  # quirk: any word will do, so Cotton -> C, Blue -> B, "Answer: D" -> A
+    r"^([A-D])",  # quirk: any first word, so Cotton -> C, Blue -> B, "Answer: D" -> A
     r"(?:ANSWER|CHOICE|OPTION)(?:\s+IS)?[\s:]+([A-D])",
     r"\(([A-D])\)",
     r"([A-D])\s*[.)\]]",
@@ -167,7 +177,7 @@ LETTER_PATTERNS = (
 
 
 def choice_letter(prediction):
-    """The option A-D that a reply means (V*): the first of these patterns that occurs.
+    """The option A-D that a reply means (V*), by the first pattern that matches.
 
     >>> [choice_letter(t) for t in ("(b) red", "The answer is D.", "It is C", "Sorry", "")]
     ['B', 'D', 'C', None, None]
@@ -182,10 +192,9 @@ def choice_letter(prediction):
 
 
 def hr_letter(prediction, options):
-    """The option that a reply means (HR-Bench).
+    """The option that a reply means (HR-Bench), "Z" for a refusal, or None.
 
-    It is the one letter among the words, else the one option whose text is in the reply, else None;
-    "Z" is a refusal, which is never right.
+    It is the only option letter among the words, else the only option whose text is in the reply.
 
     >>> options = {"A": "red", "B": "blue", "C": "light blue"}
     >>> [hr_letter(t, options) for t in ("B.", "It is Red", "light blue", "a", "A or B", "A dog")]
@@ -204,18 +213,19 @@ def hr_letter(prediction, options):
 
 
 def mean(values):
+    """The mean of the values that are not None; NaN without any.
+
+    >>> mean([1, 2, None]), mean([])
+    (1.5, nan)
     """
-    >>> mean([1, 2]), mean([])
-    (1.5, 0.0)
-    """
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else float("nan")
 
 
 # ------------------------------------------------------------------------- many replies, one figure
 
 def pope_official(rows):
-    """POPE: F1, precision and recall of "yes". The published numbers pool all three files.
+    """POPE: F1, accuracy, precision, recall of "yes". Published numbers pool all three files.
 
     >>> pairs = ("Yes", "yes"), ("yes", "no"), ("no", "no"), ("no", "yes"), ("maybe", "yes")
     >>> pope_official([{"prediction": a, "answers": [b], "score": a == b} for a, b in pairs])["F1"]
@@ -231,6 +241,10 @@ def pope_official(rows):
             "recall": 100 * right / max(1, right + wrong_no)}
 
 
+def of_kind(rows, *kinds):
+    return [row for row in rows if row.get("kind") in kinds]
+
+
 def over_cycles(rows):
     """Mean over the rotations of the options (`cycle`) of the mean score within one.
 
@@ -244,14 +258,12 @@ def over_cycles(rows):
 
 
 def hr_official(rows):
-    """HR-Bench: FSP (single objects), FCP (several) and both, each a mean over rotations."""
-    single = [row for row in rows if row.get("kind") == "single"]
-    cross = [row for row in rows if row.get("kind") == "cross"]
-    parts = {"average": rows, "FSP": single, "FCP": cross}
-    return {name: 100 * over_cycles(part) for name, part in parts.items()}
+    """HR-Bench: both kinds, single objects (FSP) and several (FCP), each a mean over rotations."""
+    parts = {"average": rows, "FSP": of_kind(rows, "single"), "FCP": of_kind(rows, "cross")}
+    return {name: 100 * over_cycles(part) for name, part in parts.items() if part}
 
 
-OCRBENCH_GROUPS = {  # what the kinds are added up to: 300, 200, 200, 200 and 100 questions
+OCRBENCH_GROUPS = {  # the kinds of each group: 300, 200, 200, 200 and 100 questions
     "Text Recognition": ("Regular Text Recognition", "Irregular Text Recognition",
                          "Artistic Text Recognition", "Handwriting Recognition",
                          "Digit String Recognition", "Non-Semantic Text Recognition"),
@@ -263,11 +275,11 @@ OCRBENCH_GROUPS = {  # what the kinds are added up to: 300, 200, 200, 200 and 10
 
 
 def ocrbench_official(rows):
-    """Points: the questions answered right, of the whole benchmark's 1,000."""
-    points = {"points": sum(row["score"] for row in rows)}
+    """OCRBench: points, the number of right answers out of the benchmark's 1,000."""
+    figures = mean_official(rows) | {"points": sum(row["score"] for row in rows)}
     for group, kinds in OCRBENCH_GROUPS.items():
-        points[group] = sum(row["score"] for row in rows if row.get("kind") in kinds)
-    return points
+        figures[group] = sum(row["score"] for row in of_kind(rows, *kinds))
+    return figures
 
 
 def mean_official(rows):
@@ -275,10 +287,11 @@ def mean_official(rows):
 
 
 def kinds_official(rows):
-    """The mean, and that of each kind."""
-    kinds = sorted({row["kind"] for row in rows if row.get("kind")})
-    return mean_official(rows) | {
-        kind: 100 * mean(row["score"] for row in rows if row.get("kind") == kind) for kind in kinds}
+    """The mean over all questions and over each kind."""
+    figures = mean_official(rows)
+    for kind in sorted({row["kind"] for row in rows if row.get("kind")}):
+        figures[kind] = 100 * mean(row["score"] for row in of_kind(rows, kind))
+    return figures
 
 
 # -------------------------------------------------------------------------------------- the metrics
@@ -287,20 +300,28 @@ def relaxed_score(prediction, answers):
     return max(relaxed_accuracy(prediction, answer) for answer in answers)
 
 
-def letter_score(prediction, answers):
-    return float(choice_letter(prediction) == answers[0].strip().upper())
+def is_right_letter(letter, answers, options):
+    return float(letter in options and letter in [answer.strip().upper() for answer in answers])
+
+
+def letter_score(prediction, answers, options):
+    return is_right_letter(choice_letter(prediction), answers, options or list("ABCD"))
 
 
 def hr_score(prediction, answers, options):
-    return float(hr_letter(prediction, options or {}) == answers[0].strip().upper())
+    return is_right_letter(hr_letter(prediction, options or {}), answers, options or {})
+
+
+def pope_score(prediction, answers):
+    """quirk: POPE wants the bare word; "Yes." is wrong."""
+    return exact(prediction, [answer for answer in answers if exact(answer, ["yes", "no"])])
 
 
 @dataclass(frozen=True)
 class Metric:
-    score: Callable                      # (prediction, answers) -> [0, 1]
-    field: str | None = None             # of the question, if score() needs it as a third argument
-    official: Callable = mean_official   # rows -> what its authors report, the main figure first
-    pooled: bool = False                 # that one is no mean of scores, and stands in its place
+    score: Callable                     # (prediction, answers) -> [0, 1]
+    field: str | None = None            # the question's field that is its third argument
+    official: Callable = mean_official  # rows -> figures that its authors report; first, in percent
 
 
 METRICS = {
@@ -308,166 +329,207 @@ METRICS = {
     "vqa": Metric(vqa_accuracy),
     "anls": Metric(anls),
     "relaxed": Metric(relaxed_score, official=kinds_official),
-    "ocrbench": Metric(ocrbench, field="dataset", official=ocrbench_official),
-    "letter": Metric(letter_score, official=kinds_official),
-    "hr": Metric(hr_score, field="options", official=hr_official, pooled=True),
-    # quirk: POPE wants the bare word, "Yes." is wrong
-    "pope": Metric(exact, official=pope_official, pooled=True),
+    "ocrbench": Metric(ocrbench, "dataset", ocrbench_official),
+    "letter": Metric(letter_score, "options", kinds_official),
+    "hr": Metric(hr_score, "options", hr_official),
+    "pope": Metric(pope_score, official=pope_official),
 }
 
 
 def score(question, prediction):
-    """The score of one reply to one question of a question file, which has answers.
+    """The score of a reply to a question of a question file, or None if it has no answers.
 
     >>> score({"metric": "letter", "answers": ["B"]}, "(B)"), score({"answers": ["Red"]}, "red ")
     (1.0, 1.0)
     """
-    rule = METRICS[question.get("metric", "exact")]
-    extra = [question.get(rule.field)] if rule.field else []
-    return rule.score(prediction, question["answers"], *extra)
+    if not question.get("answers"):
+        return None
+    metric = METRICS[question.get("metric", "exact")]
+    extra = [question.get(metric.field)] if metric.field else []
+    return metric.score(prediction, question["answers"], *extra)
 
 
-# ---------------------------------------------------------------------------------- the paper's own
+def check_answers(question):
+    """Raise ValueError if an answer can never be right, or if every reply is.
 
-PAPER_MODELS = {  # (model_type, decoder layers, hidden width) of config.json: the paper's name
-    ("llava", 32, 4096): "LLaVA-1.5-7B",
-    ("llava", 40, 5120): "LLaVA-1.5-13B",
-    ("multi_modality", 24, 2048): "DeepSeek-VL-1.3B",
-    ("multi_modality", 30, 4096): "DeepSeek-VL-7B",
-    ("qwen2_5_vl", 36, 2048): "Qwen2.5-VL-3B",
-    ("qwen2_5_vl", 28, 3584): "Qwen2.5-VL-7B",
-}
-# {model: {benchmark: {figure: (plain, SD-RPN)}}}; None: the paper does not say. OCRBench's points
-# are ten times the percent that it prints.
-PAPER = {
-    "LLaVA-1.5-7B": {
-        "docvqa": {"mean": (21.5, 33.9)}, "chartqa": {"mean": (18.1, 20.1)},
-        "ocrbench": {"points": (314, 370)}, "infovqa": {"mean": (20.4, 22.0)},
-        "textvqa": {"mean": (46.1, 58.7)},
-        "vstar": {"mean": (50.3, 67.5), "direct_attributes": (None, 67.8),
-                  "relative_position": (None, 67.1)},
-        "pope": {"F1": (85.9, 87.1), "accuracy": (None, 87.8)},
-        "hrbench4k": {"average": (37.5, 48.0), "FSP": (None, 60.3), "FCP": (None, 35.8)},
-        "hrbench8k": {"average": (33.8, 39.1), "FSP": (None, 46.5), "FCP": (None, 31.8)},
-    },
-    "LLaVA-1.5-13B": {
-        "docvqa": {"mean": (23.5, 39.7)}, "chartqa": {"mean": (18.1, 21.4)},
-        "ocrbench": {"points": (337, 388)}, "infovqa": {"mean": (23.4, 24.7)},
-        "textvqa": {"mean": (48.7, 62.3)}, "vstar": {"mean": (50.8, 62.3)},
-        "pope": {"F1": (85.9, 87.3)}, "hrbench4k": {"average": (43.0, 52.8)},
-        "hrbench8k": {"average": (36.6, 43.6)},
-    },
-    "DeepSeek-VL-1.3B": {"vstar": {"mean": (42.9, 55.0)}},
-    "DeepSeek-VL-7B": {"vstar": {"mean": (42.4, 52.4)}},
-    "Qwen2.5-VL-3B": {"vstar": {"mean": (73.3, 81.2)}},
-    "Qwen2.5-VL-7B": {
-        "vstar": {"mean": (78.0, 89.5)}, "hrbench4k": {"average": (72.5, 78.5)},
-        "hrbench8k": {"average": (63.6, 73.5)},
-    },
-}
-
-
-def paper_model(config):
-    """The paper's name of the model with this config (a dict of sizes), or None.
-
-    >>> paper_model({"model_type": "llava", "num_hidden_layers": 32, "hidden_size": 4096})
-    'LLaVA-1.5-7B'
+    >>> check_answers({"metric": "letter", "answers": ["(A)"]})
+    Traceback (most recent call last):
+    ValueError: no reply can match the answer '(A)' by the metric 'letter'
     """
-    keys = ("model_type", "num_hidden_layers", "hidden_size")
-    return PAPER_MODELS.get(tuple(config.get(key) for key in keys))
+    # quirk: an HME100k answer with a capital never matches, and the benchmark has such answers
+    question = question | {"dataset": None}
+    metric = question.get("metric", "exact")
+    for answer in dict.fromkeys(question.get("answers", [])):
+        if re.fullmatch(r"""\s*\[\s*(["']).*\1\s*\]\s*""", answer, re.DOTALL):
+            raise ValueError(f"the answer {answer!r} is a list written as a text")
+        replies = answer.strip(), answer.strip().upper()  # HR-Bench wants a capital
+        if not any(score(question, reply) for reply in replies):
+            raise ValueError(f"no reply can match the answer {answer!r} by the metric {metric!r}")
+        if score(question | {"answers": [answer]}, "\0"):
+            raise ValueError(f"every reply matches the answer {answer!r} by the metric {metric!r}")
 
 
-# ---------------------------------------------------------------------------------- tables in print
+def union_area(boxes, size):
+    """Area of the union of boxes (x0, y0, x1, y1) within a picture of `size` (w, h).
 
-def compare(questions, methods, say=print):
-    """Ask every (picture, question) by every method -> a table by kind, in percent.
-
-    methods: {name: f(picture, question) -> answer}; a question is a dict of a question file.
+    >>> union_area([(0, 0, 2, 2), (1, 1, 3, 9)], (4, 4))      # 4 + 2 * 3 - 1
+    9.0
     """
-    scores, seconds = {m: {} for m in methods}, dict.fromkeys(methods, 0.0)
-    for n, (picture, q) in enumerate(questions, 1):
-        for m, ask in methods.items():
-            began = time.perf_counter()
-            reply = ask(picture, q)
-            seconds[m] += time.perf_counter() - began
-            scores[m].setdefault(q["kind"], []).append(score(q, reply))
-        if n % 50 == 0:
-            say(f"question {n}/{len(questions)}")
-    kinds = list(next(iter(scores.values())))
-    head = "".join(f"{printable(kind):>9}" for kind in kinds)
-    lines = [f"{'':15}{head}{'all':>9}{'s/question':>12}"]
-    for m, by_kind in scores.items():
-        everything = [s for values in by_kind.values() for s in values]
-        cells = "".join(f"{100 * mean(values):9.1f}" for values in [*by_kind.values(), everything])
-        lines.append(f"{m:15}{cells}{seconds[m] / len(questions):12.3f}")
-    return "\n".join(lines)
-
-
-def raster(boxes, size, side=256):
-    """Which cells of side x side over a picture of `size` (w, h) the boxes (pixels) cover, bool."""
-    canvas = np.zeros((side, side), bool)
-    for x0, y0, x1, y1 in boxes:
-        x0, x1 = (min(max(round(side * x / size[0]), 0), side) for x in (x0, x1))
-        y0, y1 = (min(max(round(side * y / size[1]), 0), side) for y in (y0, y1))
-        canvas[y0:max(y1, y0 + 1), x0:max(x1, x0 + 1)] = True
-    return canvas
+    boxes = np.clip(np.reshape(boxes, (-1, 4)), 0, [*size, *size])
+    x0, y0, x1, y1 = boxes.T[:, :, None]  # (n, 1) each
+    x, y = np.unique(boxes[:, ::2]), np.unique(boxes[:, 1::2])  # no box has an edge in between
+    across = (x0 <= x[:-1]) & (x[:-1] < x1)  # (n, columns between edges)
+    down = (y0 <= y[:-1]) & (y[:-1] < y1)  # (n, rows between edges)
+    inside = down.T @ across  # (rows, columns) bool: inside any of the boxes
+    return float((np.outer(np.diff(y), np.diff(x)) * inside).sum())
 
 
 def overlap(crops, boxes, size):
-    """Do the crops cover half of every true box, and the IoU of crops and boxes (source pixels).
+    """(True if the crops cover half of every true box, IoU of crops and boxes), by exact areas.
+
+    Boxes are in pixels of a picture of `size` (w, h), and only what lies inside it counts. Raises
+    BadInput if a true box lies outside.
 
     >>> overlap([(0, 0, 50, 100)], [(0, 0, 100, 100)], (100, 100))
     (True, 0.5)
     """
-    seen, wanted = raster(crops, size), raster(boxes, size)
-    covered = []
+    def common(some):  # the area that the crops share with them
+        return seen + union_area(some, size) - union_area([*crops, *some], size)
+
+    seen, covered = union_area(crops, size), []
     for box in boxes:
-        cells = raster([box], size)  # none, if the box lies outside
-        covered.append(bool(cells.any() and (cells & seen).sum() >= 0.5 * cells.sum()))
-    return all(covered), float((seen & wanted).sum() / max((seen | wanted).sum(), 1))
+        own = union_area([box], size)
+        if own == 0:
+            raise BadInput(f"the box {box} lies outside the picture of {size[0]}x{size[1]} pixels")
+        covered.append(common([box]) >= own / 2)
+    return all(covered), common(boxes) / union_area([*crops, *boxes], size)
 
 
-def measures_of(rows, two_stage):
-    """[(heading, width, text)] of the table's line for these rows."""
-    plain = [row["plain"] for row in rows]
-    found = [("plain", 8, f"{100 * mean(p['score'] for p in plain):.1f}")]
-    if not two_stage:
-        return [*found, ("s", 9, f"{mean(p['seconds'] for p in plain):.3f}")]
-    two = [row["two_stage"] for row in rows]
-    change = [t["score"] - p["score"] for p, t in zip(plain, two)]
-    found += [
-        ("two-st.", 8, f"{100 * mean(t['score'] for t in two):.1f}"),
-        ("change", 8, f"{100 * mean(change):+.1f}"),
-        ("lost", 6, f"{sum(c < 0 for c in change)}"),
-        ("won", 6, f"{sum(c > 0 for c in change)}"),
-        ("RoI %", 7, f"{100 * mean(bool(t['boxes']) for t in two):.0f}"),
-        ("s plain", 9, f"{mean(p['seconds'] for p in plain):.3f}"),
-        ("s two", 8, f"{mean(t['seconds'] for t in two):.3f}"),
-        ("tokens", 8, f"{mean(t['visual_tokens'] for t in two):.0f}")]
-    located = [t for t in two if "iou" in t]
-    if located:
-        found.append(("recall", 8, f"{100 * mean(t['covers'] for t in located):.1f}"))
-        found.append(("IoU", 7, f"{mean(t['iou'] for t in located):.2f}"))
-    return found
+def paired(before, after):
+    """Compare two methods by their scores of the same questions (None: not scored).
 
+    won, lost: how many questions got better and worse. change: the mean difference. interval: half
+    the width of its 95 % interval by the normal approximation, NaN below two questions.
 
-def official_lines(official, count, benchmark, model):
-    """Lines of text: official figures of `count` questions, and the paper's if it has this model.
-
-    official: {"plain": {figure: value}, "two_stage"?: ...}; model: a name in PAPER, or None.
+    >>> paired([0, 0, 1, None], [1, 1, 0, 1])
+    {'won': 2, 'lost': 1, 'change': 0.3333333333333333, 'interval': 1.3066666666666666}
     """
-    paper = PAPER.get(model, {}).get(benchmark, {})
-    title = f"official, {count} questions"
-    head = "".join(f"{name:>8}" for name in ("plain", "two-st.")[:len(official)])
-    lines = [f"{title:28}{head}" + (f"   the paper's, {model}" if paper else "")]
-    for name in official["plain"]:
-        cells = "".join(f"{figures[name]:8.1f}" for figures in official.values())
-        line = f"{printable(name)[:27]:28}{cells}"
-        if name in paper:
-            before, after = ("-" if value is None else value for value in paper[name])
-            line += f"   {before} -> {after}"
-        lines.append(line)
+    changes = [b - a for a, b in zip(before, after) if a is not None and b is not None]
+    interval = 1.96 * stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else float("nan")
+    return {"won": sum(change > 0 for change in changes),
+            "lost": sum(change < 0 for change in changes),
+            "change": mean(changes), "interval": interval}
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+def table(header, rows):
+    """Lines of text: the first column flush left, the others flush right.
+
+    >>> table(["kind", "n"], [["word", "100"], ["x", "7"]])
+    ['kind    n', 'word  100', 'x       7']
+    """
+    rows = [[printable(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
+        cells[0] = row[0].ljust(widths[0])
+        lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def number(value, form):
+    """A number as a cell of a table: percent without the sign, a dash for NaN (not known).
+
+    >>> number(0.5, ".1%"), number(2.5, ".2f"), number(mean([]), ".1%")
+    ('50.0', '2.50', '-')
+    """
+    return "-" if value != value else format(value, form).rstrip("%")
+
+
+def average(rows, method, field):
+    """Mean of a field of what a method answered, over the rows that have it; NaN if none has."""
+    return mean(row[method].get(field) for row in rows if method in row)
+
+
+def by_kind(rows):
+    """{kind: rows}; the last one is "all", where questions without a kind count as well."""
+    parts = {}
+    for row in rows:
+        parts.setdefault(row["kind"], []).append(row)
+    parts.pop("all", None)
+    return parts | {"all": rows}
+
+
+def compare(questions, methods, log=print):
+    """Ask every method every question -> a table: a line for each method, a column for each kind.
+
+    questions: (picture, question of a question file) pairs; methods: {name: f(picture, question) ->
+    answer}. Scores are in percent.
+    """
+    rows = []
+    for picture, q in questions:
+        rows.append({"kind": q["kind"]})
+        for name, ask in methods.items():
+            began = time.perf_counter()
+            answer = ask(picture, q)
+            rows[-1][name] = {"seconds": time.perf_counter() - began, "score": score(q, answer)}
+        if len(rows) % 50 == 0:
+            log(f"question {len(rows)}/{len(questions)}")
+    parts, lines = by_kind(rows), []
+    for name in methods:
+        scores = [number(average(part, name, "score"), ".1%") for part in parts.values()]
+        lines.append([name, *scores, number(average(rows, name, "seconds"), ".3f")])
+    return "\n".join(table(["", *parts, "s/question"], lines))
+
+
+COLUMNS = (  # heading, method and field of a row, format
+    ("plain", "plain", "score", ".1%"),
+    ("two-stage", "two_stage", "score", ".1%"),
+    ("s plain", "plain", "seconds", ".3f"),
+    ("s two", "two_stage", "seconds", ".3f"),
+    ("tokens", "two_stage", "visual_tokens", ".0f"),
+    ("recall", "two_stage", "covers", ".1%"),
+    ("IoU", "two_stage", "iou", ".2f"),
+)
+
+
+def measures(rows):
+    """A line of the table: {heading: text}, with a dash for what is not known."""
+    cells = {"n": str(len(rows))}
+    for heading, method, field, form in COLUMNS:
+        cells[heading] = number(average(rows, method, field), form)
+    if "two_stage" not in rows[0]:
+        return cells
+    two = [row["two_stage"] for row in rows]
+    cells["RoI %"] = number(mean(bool(t["boxes"]) for t in two), ".0%")
+    if cells["plain"] == "-":
+        return cells
+    pairs = paired([row["plain"].get("score") for row in rows], [t.get("score") for t in two])
+    cells |= {"change": number(pairs["change"], "+.1%"), "\u00b1": number(pairs["interval"], ".1%"),
+              "lost": str(pairs["lost"]), "won": str(pairs["won"])}
+    return cells
+
+
+def paper_figures(config, benchmark):
+    """-> (the paper's name of the model of this config or None, {figure: [plain, SD-RPN]})."""
+    sizes = config and f"{config.model_type} {config.num_hidden_layers} {config.hidden_size}"
+    model = json.loads(PAPER.read_text()).get(sizes, {"name": None})
+    return model["name"], model.get(benchmark, {})
+
+
+def official_table(official, count, model, paper):
+    """The official figures {"plain": {figure: value}, "two_stage"?: ...}, beside the paper's."""
+    header = [f"official, {count} questions", *official]
+    rows = [[name, *(number(figures[name], ".1f") for figures in official.values())]
+            for name in official["plain"]]
+    if paper:
+        header.append(f"the paper's, {model}")
+        for row in rows:
+            known = ["-" if value is None else str(value) for value in paper.get(row[0], [])]
+            row.append(" -> ".join(known))
+    return table(header, rows)
 
 
 def shared(questions, key, default=None):
@@ -476,43 +538,40 @@ def shared(questions, key, default=None):
     return values.pop() if len(values) == 1 else None
 
 
-def side_by_side(rows, questions, say=print, config=None):
-    """Say the table per kind, and a benchmark's official figures; return the summary, in percent.
+def side_by_side(rows, questions, log=print, config=None):
+    """Log a line for each kind and the official figures -> a summary, scores in percent.
 
-    rows: {"kind", "plain": {...}, "two_stage"?: {...}}, one for each question; config: the model's
-    sizes, by which the paper's figures are found.
+    rows: {"kind", "answers", "plain": {...}, "two_stage"?: {...}}, one for each question. A row
+    without a score (its question has no answers) counts for times and boxes alone. config: the
+    model's, by which the paper's figures are found.
     """
-    names = [name for name in ("plain", "two_stage") if name in rows[0]]
+    lines = {kind: measures(part) for kind, part in by_kind(rows).items()}
+    header = [name for name, text in lines["all"].items() if text != "-"]
+    body = [[kind, *(cells.get(name, "-") for name in header)] for kind, cells in lines.items()]
+    for line in table(["kind", *header], body):
+        log(line)
+    if "change" in header:
+        log("lost: plain right, two-stage wrong; won: the reverse; \u00b1: 95 % interval of change")
+    if "recall" in header:
+        log("recall: the crops cover half of every true box")
+
     metric, benchmark = shared(questions, "metric", "exact"), shared(questions, "benchmark")
-    by_name = {name: [row | row[name] | {"prediction": row[name]["answer"]} for row in rows]
-               for name in names}
-    parts = {}
-    for row in rows:
-        parts.setdefault(row["kind"], []).append(row)
-    if len(parts) > 1:
-        parts.pop("all", None)  # the questions without a kind have no line of their own
-        parts["all"] = rows
-    head = measures_of(rows, len(names) > 1)
-    say(f"{'kind':24}{'n':>6}" + "".join(f"{name:>{width}}" for name, width, _ in head))
-    for kind, part in parts.items():
-        cells = "".join(f"{text:>{width}}" for _, width, text in measures_of(part, len(names) > 1))
-        say(f"{printable(kind)[:24]:24}{len(part):6}{cells}")
-    if len(names) > 1:
-        say("lost: plain right, two-stage wrong; won: the reverse")
-    if any(name == "recall" for name, _, _ in head):
-        say("recall: the crops cover half of every true box")
-    result = {name: round(100 * mean(row["score"] for row in part), 2)
-              for name, part in by_name.items()}
-    result |= {"questions": len(rows), "metric": metric}
-    rule = METRICS.get(metric)
-    if rule is None:  # the questions are of several metrics
-        return result
-    official = {name: rule.official(part) for name, part in by_name.items()}
-    if benchmark or rule.official is not mean_official:
-        for line in official_lines(official, len(rows), benchmark, paper_model(config or {})):
-            say(line)
-    if rule.pooled:
-        result["official"] = {name: {figure: round(value, 2) for figure, value in figures.items()}
-                              for name, figures in official.items()}
-        result |= {name: next(iter(of.values())) for name, of in result["official"].items()}
-    return result
+    summary = {"questions": len(rows), "metric": metric}
+    scored = [row for row in rows if row["plain"].get("score") is not None]
+    if len(scored) < len(rows):
+        log(f"{len(rows) - len(scored)} of {len(rows)} questions have no answers: not scored")
+        summary["scored"] = len(scored)
+    if not scored:
+        return summary
+    rule = METRICS[metric].official if metric else mean_official
+    official = {}
+    for name in ("plain", "two_stage"):
+        if name in rows[0]:
+            figures = rule(
+                [row | row[name] | {"prediction": row[name]["answer"]} for row in scored])
+            official[name] = {key: round(value, 2) for key, value in figures.items()}
+            summary[name] = next(iter(official[name].values()))
+    if benchmark or rule is not mean_official:
+        for line in official_table(official, len(scored), *paper_figures(config, benchmark)):
+            log(line)
+    return summary | {"official": official}

@@ -1,13 +1,15 @@
 """Scores and question files: golden values of the common harness, and miniatures of every original file.
 
-    python -m pytest tests/test_data.py      # 3 seconds, no network, no model
+    python -m pytest tests/test_data.py      # a few seconds, no network, no model
 """
 import base64
 import csv
 import io
 import json
+import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -21,24 +23,49 @@ SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
+def save(path, content):
+    """Write text, bytes, or anything else as JSON; make its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = content if isinstance(content, (str, bytes)) else json.dumps(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def png(shade=0):
+    file = io.BytesIO()
+    Image.new("L", (4, 3), shade).save(file, "png")
+    return file.getvalue()
+
+
+def refusal(capsys, program, *arguments):
+    """Run a program that must refuse -> its one line on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        program.main([str(argument) for argument in arguments])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1
+    return message
+
+
 def test_the_readme_names_every_field_metric_and_benchmark():
     text = (ROOT / "data/README.md").read_text(encoding="utf-8")
-    names = {*questions.CHECKS, *metrics.METRICS, *benchmarks.BENCHMARKS}
+    names = {*questions.FIELDS, *metrics.METRICS, *benchmarks.BENCHMARKS}
     assert not [name for name in names if f"`{name}`" not in text]
     assert not [benchmark.hub for benchmark in benchmarks.BENCHMARKS.values() if benchmark.hub not in text]
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, same_as", [
-    ("The Coca-Cola", "coca cola"), ("12,345", "12345"), ("U.S.A.", "usa"), ("3.", "3"), ("3.5", "3.5"),
-    ("$5.00", "$5.00"), ("Jack Daniel's", "jack daniel 's"), ("none", "0"), ("a b-c", "b c"), ("dont", "don't"),
-    ("-5", "5"), ("7-up", "7 up"), ("Route 66.", "route 66"), ("50%", "50%"), ("10:30 am", "10:30 am"), ("A", ""),
-    ("Ten\tred\ncars!", "10 red cars"), ("its", "its"), ("shes", "shes"), ("somebody'd", "somebodyd"),
-    ("couldnt've", "couldn't've"), ("couldn'tve", "couldn't've"), ("couldntve", "couldntve"), ("yall'll", "y'all'll"),
-    ("." * 40 + "x", "." * 8 + "x")])   # at most 32 full stops go
-def test_vqa_normaliser(text, same_as):
-    assert metrics.normalise(text) == same_as
+NORMALISED = {
+    "The Coca-Cola": "coca cola", "12,345": "12345", "U.S.A.": "usa", "3.": "3", "3.5": "3.5", "$5.00": "$5.00",
+    "Jack Daniel's": "jack daniel 's", "none": "0", "a b-c": "b c", "dont": "don't", "-5": "5", "7-up": "7 up",
+    "Route 66.": "route 66", "50%": "50%", "10:30 am": "10:30 am", "A": "", "Ten\tred\ncars!": "10 red cars",
+    "somebody'd": "somebodyd", "couldn'tve": "couldn't've", "couldntve": "couldntve", "yall'll": "y'all'll",
+    "." * 40 + "x": "." * 8 + "x"}   # at most 32 full stops go
+
+
+@pytest.mark.parametrize("text", NORMALISED)
+def test_vqa_normaliser(text):
+    assert metrics.normalise(text) == NORMALISED[text]
 
 
 def test_contractions_are_the_known_number():
@@ -55,17 +82,18 @@ def test_vqa_accuracy_leaves_one_out(matching, want):
     ("hello", ["Hello"], 1), (" Hello\n", ["hello"], 1), ("ab", ["abcd"], 0.5), ("abc", ["abcdefg"], 0),
     ("helo", ["world", "hello"], 0.8), ("", [""], 1), ("", ["a"], 0), ("a  b", ["a b"], 1),
     ("a b", ["a  c"], 0.75),    # one edit in "a c", over the 4 letters of the raw "a  c"
+    ("a", ["\u00df"], 0.5), ("Hauptstr", ["Hauptstra\u00dfe"], 0.75),   # sharp s counts as SS, two letters
     (" s", [" ", "an yes. hello?"], 0.5)])   # one edit from "" to "s", over the 2 letters of the raw " s"
 def test_anls(prediction, answers, want):
     assert metrics.anls(prediction, answers) == pytest.approx(want)
 
 
-@pytest.mark.parametrize("prediction, answer, want", [
-    ("10.4", "10", 1), ("10.6", "10", 0), ("10.5", "10", 1), ("0.0", "0", 0), ("0", "0", 1), ("1,000", "1000", 0),
-    ("Yes.", "Yes", 0), ("YES", "Yes", 1), (" Yes", "Yes", 0), ("10%", "0.1", 1), ("10", "10%", 0), ("2014", "2000", 1),
-    ("-10", "-10.2", 1), ("ten", "10", 0)])
-def test_relaxed_accuracy(prediction, answer, want):
-    assert metrics.relaxed_accuracy(prediction, answer) == want
+@pytest.mark.parametrize("want, pairs", [
+    (1, ["10.4 10", "10.5 10", "0 0", "YES Yes", "10% 0.1", "2014 2000", "-10 -10.2"]),
+    (0, ["10.6 10", "0.0 0", "1,000 1000", "Yes. Yes", "10 10%", "ten 10"])])
+def test_relaxed_accuracy(want, pairs):
+    assert {metrics.relaxed_accuracy(*pair.split()) for pair in pairs} == {want}
+    assert metrics.relaxed_accuracy(" Yes", "Yes") == 0   # nothing is stripped
 
 
 @pytest.mark.parametrize("prediction, answers, dataset, want", [
@@ -77,104 +105,80 @@ def test_ocrbench(prediction, answers, dataset, want):
     assert metrics.ocrbench(prediction, answers, dataset) == want
 
 
-@pytest.mark.parametrize("reply, letter", [
-    ("C", "C"), (" b", "B"), ("Cotton", "C"), ("Blue", "B"), ("Answer: D", "A"), ("and B", "A"), ("(D) red", "D"),
-    ("The answer is D", "D"), ("The answer is blue", "B"), ("Option: C", "C"), ("It is (b), not C", "B"),
-    ("I pick B]", "B"), ("It is C", "C"), ("Not b. but (c)", "C"), ("I see C and a cat", "C"), ("It was blue", None),
-    ("kevlar", "A"), ("it is so", None), ("", None)])
-def test_choice_letter(reply, letter):
-    assert metrics.choice_letter(reply) == letter
+LETTERS = {
+    "C": "C", " b": "B", "Cotton": "C", "Blue": "B", "Answer: D": "A", "and B": "A", "(D) red": "D",
+    "The answer is D": "D", "The answer is blue": "B", "Option: C": "C", "It is (b), not C": "B", "I pick B]": "B",
+    "It is C": "C", "Not b. but (c)": "C", "I see C and a cat": "C", "It was blue": None, "kevlar": "A",
+    "it is so": None, "": None}
+HR_LETTERS = {
+    "A": "A", "(B)": "B", "A dog": "A", "a": None, "Blue": "B", "light blue": None, "A B": None, "A or B: red": "A",
+    "Z": "Z", "Cannot determine the answer.": "Z", "green": None, "": None}
 
 
-@pytest.mark.parametrize("reply, letter", [
-    ("A", "A"), ("(B)", "B"), ("A dog", "A"), ("a", None), ("Blue", "B"), ("light blue", None), ("A B", None),
-    ("A or B: red", "A"), ("Z", "Z"), ("Cannot determine the answer.", "Z"), ("green", None), ("", None)])
-def test_hr_letter(reply, letter):
-    assert metrics.hr_letter(reply, {"A": "red", "B": "blue", "C": "light blue"}) == letter
+def test_letters_of_replies():
+    assert {reply: metrics.choice_letter(reply) for reply in LETTERS} == LETTERS
+    options = {"A": "red", "B": "blue", "C": "light blue"}
+    assert {reply: metrics.hr_letter(reply, options) for reply in HR_LETTERS} == HR_LETTERS
 
 
-@pytest.mark.parametrize("question, prediction, want", [
-    ({"answers": ["Red"]}, " red\n", 1), ({"answers": ["red"]}, "r", 0),
-    ({"metric": "vqa", "answers": ["two"] * 10}, "2", 1), ({"metric": "anls", "answers": ["abcd"]}, "ab", 0.5),
-    ({"metric": "relaxed", "answers": ["5", "10"]}, "10.4", 1),
-    ({"metric": "ocrbench", "answers": ["B"], "dataset": "HME100k"}, "B", 0),
-    ({"metric": "ocrbench", "answers": ["B"], "dataset": "IAM"}, "b", 1),
-    ({"metric": "letter", "answers": ["C"]}, "Cotton", 1),
-    ({"metric": "hr", "answers": ["A"], "options": {"A": "red", "B": "blue"}}, "it is red", 1),
-    ({"metric": "hr", "answers": ["A"], "options": {"A": "red", "B": "blue"}}, "neither", 0),
-    ({"metric": "pope", "answers": ["yes"]}, "Yes", 1), ({"metric": "pope", "answers": ["yes"]}, "Yes.", 0)])
-def test_score_finds_the_metric(question, prediction, want):
-    assert metrics.score(question, prediction) == want
+@pytest.mark.parametrize("metric, answers, prediction, want", [
+    ("exact", ["Red"], " red\n", 1), ("exact", [], "", None), ("vqa", ["two"] * 10, "2", 1),
+    ("anls", ["ab"], "a", 0.5), ("relaxed", ["5", "10"], "10.4", 1), ("ocrbench", ["B"], "B", 0),
+    ("letter", ["A", "b"], "Blue", 1), ("hr", ["A"], "it is red", 1), ("hr", ["A"], "neither", 0),
+    ("pope", ["yes"], "Yes", 1), ("pope", ["yes"], "Yes.", 0)])
+def test_score_finds_the_metric(metric, answers, prediction, want):
+    more = {"dataset": "HME100k", "options": {"A": "red", "B": "blue"}}
+    assert metrics.score({"metric": metric, "answers": answers} | more, prediction) == want
 
 
-def test_a_metric_is_added_in_one_place(tmp_path, monkeypatch):
-    path = save(tmp_path / "q.jsonl", '{"image": "a.png", "question": "Why?", "answers": ["ab"], "metric": "length"}')
-    with pytest.raises(BadInput, match="'metric' has a wrong type or value: length"):
-        questions.read_questions(path)
-    rule = metrics.Metric(lambda prediction, answers: float(len(prediction) == len(answers[0])))
-    monkeypatch.setitem(metrics.METRICS, "length", rule)
-    (q,), _ = questions.read_questions(path)
-    assert [metrics.score(q, reply) for reply in ("xy", "xyz")] == [1, 0]
-    assert rule.official([{"score": 1.0}]) == {"mean": 100}
+def test_overlap_is_by_exact_areas():
+    whole = [(0, 0, 100, 100)], (100, 100)
+    assert metrics.overlap([(0, 0, 50, 100), (0, 0, 50, 50)], *whole) == (True, 0.5)   # overlapping crops
+    assert metrics.overlap([(0, 0, 49, 100)], *whole) == (False, 0.49) and metrics.overlap([], *whole) == (False, 0)
+    assert metrics.overlap([(0, 0, 50, 50)], [(-9, -9, 50, 50)], (100, 100)) == (True, 1)   # sticks out
+    for x in range(0, 60, 7):   # a tenth of a cell of the raster of 256 x 256 that once decided this
+        assert metrics.overlap([(x, 5, x + 5, 15)], [(x, 5, x + 10, 15)], (7680, 4320)) == (True, 0.5)
+        assert metrics.overlap([(x + 10, 5, x + 90, 15)], [(x, 5, x + 10, 15)], (7680, 4320)) == (False, 0)
+    with pytest.raises(BadInput, match=r"\(500, 0, 600, 50\) lies outside the picture of 100x100"):
+        metrics.overlap([(0, 0, 9, 9)], [(500, 0, 600, 50)], (100, 100))
 
 
-def test_pope_counts_only_yes_and_no():
-    pairs = [("yes", "yes")] * 3 + [("Yes ", "no")] + [("no", "yes")] * 2 + [("yes.", "yes"), ("no", "no")]
-    rows = [dict(prediction=reply, answers=[answer], kind="random", score=metrics.exact(reply, [answer]))
-            for reply, answer in pairs]
-    assert metrics.pope_official(rows) == pytest.approx({"F1": 100 * 2 * (3 / 4) * (3 / 5) / (3 / 4 + 3 / 5),
-                                                           "accuracy": 50, "precision": 75, "recall": 60})
-
-
-def test_hr_is_a_mean_over_rotations():
-    rows = [dict(kind=kind, cycle=cycle, score=score) for kind, cycle, score in (
-        ("single", "0", 1), ("single", "0", 1), ("single", "1", 0), ("cross", "0", 0), ("cross", "1", 1))]
-    assert metrics.hr_official(rows) == pytest.approx({"FSP": 50, "FCP": 50, "average": 100 * (2 / 3 + 1 / 2) / 2})
-
-
-def test_overlap_of_boxes_at_the_edge_and_outside():
-    """Half of a box that sticks out is seen, one that lies elsewhere is not."""
-    size = (100, 100)
-    assert metrics.overlap([(60, 60, 100, 100)], [(-1, 0, 50, 50)], size) == (False, 0.0)
-    assert metrics.overlap([(0, 0, 50, 50)], [(-1, -1, 50, 50)], size) == (True, 1.0)
-    assert metrics.overlap([(0, 0, 100, 100)], [(500, 500, 600, 600)], size) == (False, 0.0)
-
-
-def test_no_rows_is_no_crash():
-    figures = [metrics.METRICS[metric].official([]) for metric in ("vqa", "pope", "hr", "relaxed", "ocrbench")]
-    assert [next(iter(of_one.values())) for of_one in figures] == [0, 0, 0, 0, 0]
+def test_paired_scores():
+    found = metrics.paired([0, 1, 1, 0.5, None], [1, 0, 1, 1, 1])
+    assert (found["won"], found["lost"], found["change"]) == (2, 1, 0.125)
+    assert found["interval"] == pytest.approx(1.96 * math.sqrt(2.1875 / 3) / 2)   # the squares of .875 1.125 .125 .375
+    assert math.isnan(metrics.paired([0], [1])["interval"])
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------
 
-LLAVA_7B = {"model_type": "llava", "num_hidden_layers": 32, "hidden_size": 4096}
+LLAVA_7B = SimpleNamespace(model_type="llava", num_hidden_layers=32, hidden_size=4096)
 
 
-def answered(metric, kinds, plain, two=None):
-    """Rows as infer.py keeps them: the answers of each question, plain and two-stage, to "yes" or A."""
-    def one(reply):
-        right = float(reply.lower() == want.lower())
-        return {"answer": reply, "score": right, "seconds": 1.0, "boxes": [[0, 0, 1, 1]], "visual_tokens": 600}
+def answered(metric, kinds, plain, two=()):
+    """Rows of an evaluation: the answers of each question, plain and two-stage, where "yes" or A is right."""
     want = "yes" if metric == "pope" else "A"
-    rows = [{"kind": kind, "cycle": str(n % 2), "answers": [want], "plain": one(plain[n])}
-            for n, kind in enumerate(kinds)]
-    for row, reply in zip(rows, two or ()):
-        row["two_stage"] = one(reply)
+    rows = [{"kind": kind, "cycle": str(n % 2), "answers": [want]} for n, kind in enumerate(kinds)]
+    for name, replies in (("plain", plain), ("two_stage", two)):
+        for row, reply in zip(rows, replies):
+            row[name] = {"answer": reply, "score": float(reply.lower() == want.lower()), "seconds": 1.0,
+                         "boxes": [[0, 0, 1, 1]], "visual_tokens": 600}
     return rows
 
 
-def said_by(rows, config=None, **question):
-    """-> (lines that side_by_side says, its summary)."""
+def logged(rows, config=None, questions=None, **question):
+    """-> (lines that side_by_side logs, its summary)."""
     lines = []
-    summary = metrics.side_by_side(rows, [question] * len(rows), lines.append, config)
+    summary = metrics.side_by_side(rows, questions or [question] * len(rows), lines.append, config)
     return [" ".join(line.split()) for line in lines], summary
 
 
 def test_official_scores_of_pope():
     rows = answered("pope", ["random"] * 4, ["yes", "no", "no", "maybe"], ["yes", "Yes", "no", "yes"])
-    lines, summary = said_by(rows, LLAVA_7B, metric="pope", benchmark="pope")
-    assert lines[0].startswith("kind n plain two-st.") and lines[1].startswith("random 4 25.0 75.0 +50.0 0 2")
-    assert lines[-5:] == ["official, 4 questions plain two-st. the paper's, LLaVA-1.5-7B",
+    lines, summary = logged(rows, LLAVA_7B, metric="pope", benchmark="pope")
+    assert lines[0] == "kind n plain two-stage s plain s two tokens RoI % change \u00b1 lost won"
+    assert lines[1] == "random 4 25.0 75.0 1.000 1.000 600 100 +50.0 56.6 0 2" and lines[2][3:] == lines[1][6:]
+    assert lines[-5:] == ["official, 4 questions plain two_stage the paper's, LLaVA-1.5-7B",
                           "F1 50.0 85.7 85.9 -> 87.1",          # 2 * 1 / (2 * 1 + 2), and 2 * 3 / (2 * 3 + 1)
                           "accuracy 25.0 75.0 - -> 87.8", "precision 100.0 100.0", "recall 33.3 75.0"]
     assert summary == {"plain": 50.0, "two_stage": 85.71, "questions": 4, "metric": "pope", "official": {
@@ -182,371 +186,288 @@ def test_official_scores_of_pope():
         "two_stage": {"F1": 85.71, "accuracy": 75.0, "precision": 100.0, "recall": 75.0}}}
 
 
-def test_official_scores_of_hr_bench():
-    rows = answered("hr", ["single", "single", "cross", "cross"], ["A", "A", "B", "A"])
-    lines, summary = said_by(rows, LLAVA_7B, metric="hr", benchmark="hrbench8k")
-    assert lines[-4:] == ["official, 4 questions plain the paper's, LLaVA-1.5-7B", "average 75.0 33.8 -> 39.1",
-                          "FSP 100.0 - -> 46.5", "FCP 50.0 - -> 31.8"]
-    assert summary["plain"] == 75 and summary["official"]["plain"]["FCP"] == 50
+def test_official_scores_of_hr_bench_are_means_over_rotations():
+    rows = answered("hr", ["single", "single", "cross", "cross", "single"], list("AABAB"))
+    lines, summary = logged(rows, LLAVA_7B, metric="hr", benchmark="hrbench8k")
+    assert lines[-4:] == ["official, 5 questions plain the paper's, LLaVA-1.5-7B", "average 66.7 33.8 -> 39.1",
+                          "FSP 75.0 - -> 46.5", "FCP 50.0 - -> 31.8"]   # FSP: 1 of 2 in rotation 0, 1 of 1 in 1
+    assert summary["plain"] == 66.67 and summary["official"]["plain"]["FCP"] == 50
 
 
 def test_official_scores_of_ocrbench_are_points():
     kinds = ["Handwriting Recognition", "Digit String Recognition", "Doc-oriented VQA"]
-    lines, summary = said_by(answered("ocrbench", kinds, ["A", "A", "A"]), metric="ocrbench", benchmark="ocrbench")
-    assert lines[-6:-3] == ["points 3.0", "Text Recognition 2.0", "Scene Text-centric VQA 0.0"]
-    assert summary == {"plain": 100.0, "questions": 3, "metric": "ocrbench"}
+    lines, summary = logged(answered("ocrbench", kinds, "AAA"), LLAVA_7B, metric="ocrbench", benchmark="ocrbench")
+    assert lines[-7:-3] == ["mean 100.0", "points 3.0 314 -> 370", "Text Recognition 2.0", "Scene Text-centric VQA 0.0"]
+    assert summary["plain"] == 100 and summary["questions"] == 3
 
 
 def test_the_papers_figures_stand_beside_their_own_model_alone():
-    rows = answered("letter", ["direct_attributes", "relative_position"], ["A", "B"])
-    lines, _ = said_by(rows, LLAVA_7B | {"hidden_size": 128}, metric="letter", benchmark="vstar")
+    rows = answered("letter", ["direct_attributes", "relative_position"], "AB")
+    small = SimpleNamespace(model_type="llava", num_hidden_layers=32, hidden_size=128)
+    lines, _ = logged(rows, small, metric="letter", benchmark="vstar")
     assert lines[-4:] == ["official, 2 questions plain", "mean 50.0", "direct_attributes 100.0",
                           "relative_position 0.0"]
-    lines, _ = said_by(rows, {"model_type": "qwen2_5_vl", "num_hidden_layers": 28, "hidden_size": 3584},
-                       metric="letter", benchmark="vstar")
+    qwen = SimpleNamespace(model_type="qwen2_5_vl", num_hidden_layers=28, hidden_size=3584)
+    lines, _ = logged(rows, qwen, metric="letter", benchmark="vstar")
     assert lines[-4:-2] == ["official, 2 questions plain the paper's, Qwen2.5-VL-7B", "mean 50.0 78.0 -> 89.5"]
-    assert not any("official" in line for line in said_by(rows, LLAVA_7B)[0])   # of no benchmark
-    mixed, lines = [{"metric": "pope", "benchmark": "pope"}, {"metric": "exact"}], []
-    summary = metrics.side_by_side(rows, mixed, lines.append, LLAVA_7B)
-    assert not any("official" in line for line in lines)
-    assert summary == {"plain": 50.0, "questions": 2, "metric": None}
-    figures = {name for model in metrics.PAPER.values() for name in model}
-    assert set(metrics.PAPER) <= set(metrics.PAPER_MODELS.values()) and figures == set(benchmarks.BENCHMARKS)
+    lines, summary = logged(rows, LLAVA_7B, [{"metric": "pope", "benchmark": "pope"}, {}])
+    assert not any("official" in line for line in lines) and summary["plain"] == 50 and summary["metric"] is None
+    figures = {name for model in json.loads(metrics.PAPER.read_text()).values() for name in model}
+    assert figures == {"name", *benchmarks.BENCHMARKS}
 
 
-def test_nothing_of_the_user_reaches_the_terminal_raw(tmp_path, capsys):
-    bad = "red\x1b[2J\x07\u202e"
-    rows = answered("letter", [bad, "blue"], ["A", "B"])
-    lines, _ = said_by(rows, metric="letter", benchmark="vstar")
-    asked = [(None, {"kind": bad, "answers": ["a"]})]
-    row = {"imgname": bad + ".png", "query": "How many?", "label": "14"}
-    file = save(tmp_path / f"test_{bad}.json", [row, row | {"imgname": "a.png"}])
-    save(tmp_path / "png/a.png", png())
-    convert(tmp_path, "chartqa", file)
-    said = capsys.readouterr()
-    text = "".join([*lines, metrics.compare(asked, {"plain": lambda image, q: "a"}), said.out, said.err])
-    assert text.replace("\n", "").isprintable() and "red\\x1b[2J\\x07" in said.err + text
-    assert error_of(capsys, lambda: benchmarks.main(["chartqa", str(tmp_path / bad)])).strip().isprintable()
+def test_questions_without_answers_count_for_times_alone():
+    rows = answered("exact", ["word", "word", "all"], "AAB")
+    rows[1]["plain"]["score"] = None
+    lines, summary = logged(rows)
+    assert lines == ["kind n plain s plain", "word 2 100.0 1.000", "all 3 50.0 1.000",
+                     "1 of 3 questions have no answers: not scored"]
+    assert (summary["questions"], summary["scored"], summary["plain"]) == (3, 2, 50)
+    rows = answered("exact", ["word", "word", "all"], "AAB", "AAB")
+    for row in rows:
+        del row["plain"]["score"], row["two_stage"]["score"]
+    lines, summary = logged(rows)
+    assert lines[0] == "kind n s plain s two tokens RoI %"
+    assert summary == {"questions": 3, "metric": "exact", "scored": 0}
+
+
+def test_localisation_is_a_mean_over_the_questions_with_boxes():
+    rows = answered("exact", ["a", "b", "b"], "AAA", "AAA")
+    rows[1]["two_stage"] |= {"covers": True, "iou": 0.5}
+    lines, _ = logged(rows)
+    assert lines[0].split()[-8:-3] == ["recall", "IoU", "RoI", "%", "change"]
+    assert [line.split()[7:9] for line in lines[1:4]] == [["-", "-"], ["100.0", "0.50"], ["100.0", "0.50"]]
+
+
+def test_compare_is_a_table_of_kinds():
+    asked = [(None, {"kind": kind, "answers": ["a"]}) for kind in ("word", "red\x1b[2J", "word")]
+    lines = metrics.compare(asked, {"plain": lambda picture, q: "a", "none": lambda picture, q: ""}).split("\n")
+    assert lines[0].split() == ["word", r"red\x1b[2J", "all", "s/question"]
+    assert [line.split()[:4] for line in lines[1:]] == [["plain"] + 3 * ["100.0"], ["none"] + 3 * ["0.0"]]
+
+
+# ---- question files ----------------------------------------------------------------------------------------------
+
+ASKED = {"image": "a.png", "question": "Why?"}
+
+
+def test_a_question_file_is_read(tmp_path):
+    more = {"question": ["What?", "Why?"], "answers": ["A"], "boxes": [[-1, 0.5, 3, 4]], "kind": None}
+    lines = ['\ufeff{"images": "pictures"}', "", json.dumps(ASKED), json.dumps(ASKED | more | {"extra": 1}), ""]
+    path = save(tmp_path / "q.jsonl", "\r\n".join(lines))
+    (first, second), root = questions.read_questions(path)
+    assert root == tmp_path / "pictures" and questions.read_questions(path, tmp_path)[1] == tmp_path
+    assert first == {"image": "a.png", "question": ["Why?"], "line": 3}
+    assert second["question"] == ["What?", "Why?"] and "kind" not in second and second["line"] == 4
+
+
+@pytest.mark.parametrize("change", [
+    {"question": [" "]}, {"question": 5}, {"image": None}, {"image": "/a.png"}, {"image": "a/../../b.png"},
+    {"answers": "yes"}, {"metric": "length"}, {"options": {"A": 5}}, {"max_new_tokens": True}, {"tau": 15},
+    {"kind": "\udfff"}, {"boxes": [[1, 2, 3]]}, {"boxes": [[5, 2, 3, 4]]}, {"boxes": [[1, 2, 1, 4]]},
+    {"boxes": [[1, 2, math.nan, 4]]}])
+def test_a_bad_field_is_refused_with_its_line(tmp_path, change):
+    path = save(tmp_path / "q.jsonl", "\n".join(map(json.dumps, (ASKED, ASKED | change))))
+    with pytest.raises(BadInput, match="q.jsonl line 2: .*README.md"):
+        questions.read_questions(path)
+
+
+@pytest.mark.parametrize("text, says", [
+    ('{"image": ', "line 1: "), ("[1]", "line 1: "), ("[" * 9999, "line 1: "), (b"\xff\xfe\x00", "utf-8"),
+    ("", "holds no question"), (None, "No such file")])
+def test_a_damaged_question_file_is_one_line(tmp_path, text, says):
+    path = tmp_path / "q.jsonl"
+    if text is not None:
+        save(path, text)
+    with pytest.raises(BadInput, match=f"q.jsonl.*{says}"):
+        questions.read_questions(path)
+
+
+@pytest.mark.parametrize("metric, answers", [
+    ("exact", ['["stop", "halt"]']), ("exact", ["['stop']"]), ("vqa", ["red"]), ("relaxed", ["nan"]),
+    ("relaxed", [" Yes"]), ("letter", ["(A)"]), ("letter", ["A", "E"]), ("letter", ["D"]), ("hr", ["C"]),
+    ("hr", ["red"]), ("hr", ["Z"]), ("pope", ["Yes."]), ("ocrbench", [" "])])
+def test_an_answer_that_no_reply_or_every_reply_matches_is_refused(tmp_path, metric, answers):
+    q = ASKED | {"metric": metric, "answers": answers, "options": {"A": "red", "B": "blue"}}
+    with pytest.raises(BadInput, match="q.jsonl line 1: .*answer"):
+        questions.read_questions(save(tmp_path / "q.jsonl", q))
+
+
+@pytest.mark.parametrize("metric, answers", [
+    ("exact", [""]), ("vqa", ["A"] * 10), ("anls", [""]), ("relaxed", ["0"]), ("letter", [" b"]), ("hr", ["a"]),
+    ("pope", ["No"]), ("ocrbench", ["A+B"]), ("relaxed", ["[2011, 2012]", "[Austria, Chile]"])])   # ChartQA's
+def test_answers_of_the_benchmarks_are_read(tmp_path, metric, answers):
+    q = ASKED | {"metric": metric, "answers": answers, "dataset": "HME100k", "options": {"A": "red", "B": "blue"}}
+    assert questions.read_questions(save(tmp_path / "q.jsonl", q))[0][0]["answers"] == answers
+
+
+def test_a_metric_is_added_in_one_place(monkeypatch):
+    rule = metrics.Metric(lambda prediction, answers: float(len(prediction) == len(answers[0])))
+    monkeypatch.setitem(metrics.METRICS, "length", rule)
+    q = questions.check_question(ASKED | {"answers": ["ab"], "metric": "length"})
+    assert [metrics.score(q, reply) for reply in ("xy", "xyz")] == [1, 0]
+    assert rule.official([{"score": 1.0}]) == {"mean": 100}
 
 
 # ---- benchmarks --------------------------------------------------------------------------------------------------
 
-def save(path, content):
-    """Write text, bytes, or anything else as JSON; make its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = content if isinstance(content, (str, bytes)) else json.dumps(content)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
+TEXTVQA = {"image_id": "003a", "question_id": 34602, "question": "What does the NASA sign say?", "answers": ["no"] * 10}
+DOCVQA = {"questionId": 337, "question": "What is the Date?", "answers": ["1/8/93", "1993"]}
+CHART = {"imgname": "1.png", "query": "How many bars?", "label": 0}
+OCR = {"dataset_name": "IIIT5K", "image_path": "1.png", "question": " what is written? ", "answers": "CENTRE",
+       "type": "Regular Text Recognition"}
+GLOVE = {"question_id": 0, "image": "sa_1.png", "category": "direct_attributes", "label": "A",
+         "text": "What is the material of the glove (left)?\n(A) rubber\n(B) cotton" + LETTER}
+POPE = {"question_id": 1, "image": "1.png", "label": "yes", "text": "Is there a snowboard\u2028?"}   # a line separator
+HR = {"index": 0, "question": "How many? ", "answer": "A", "category": "single", "A": 0, "B": '"dark"\tblue',
+      "C": None, "D": math.nan, "cycle_category": "0", "image": base64.b64encode(png()).decode()}
 
 
-def png(shade=0):
-    file = io.BytesIO()
-    Image.new("L", (4, 3), shade).save(file, "png")
+def tsv(*rows):
+    file = io.StringIO()
+    table = csv.DictWriter(file, rows[0], delimiter="\t")
+    table.writeheader()
+    table.writerows(rows)
     return file.getvalue()
 
 
+CASES = {   # name: (official files, where its picture is, the hub's row, the question)
+    "textvqa": ({"val.json": {"data": [TEXTVQA]}}, "train_images/003a.jpg", TEXTVQA, dict(
+        id="34602", question="What does the nasa sign say?" + SHORT, answers=["no"] * 10,
+        metric="vqa", max_new_tokens=1024)),
+    "docvqa": ({"val.json": b"\xef\xbb\xbf" + json.dumps({"data": [DOCVQA | {"image": "documents/a.png"}]}).encode()},
+               "documents/a.png", DOCVQA, dict(
+        id="337", question="What is the Date?" + SHORT, answers=["1/8/93", "1993"], metric="anls", max_new_tokens=32)),
+    "infovqa": ({"val.json": {"data": [DOCVQA | {"image_local_name": "2.jpeg"}]}}, "infographicsvqa_images/2.jpeg",
+                DOCVQA, dict(id="337", question="What is the Date?" + SHORT, answers=["1/8/93", "1993"],
+                             metric="anls", max_new_tokens=32)),
+    "chartqa": ({"test_human.json": [CHART]}, "png/1.png",
+                {"type": "human_test", "question": "How many bars?", "answer": "0"}, dict(
+        id="human-0", kind="human", question="How many bars?\nAnswer the question with a single word.", answers=["0"],
+        metric="relaxed", max_new_tokens=16)),
+    "ocrbench": ({"OCRBench.json": [OCR]}, "OCRBench_Images/1.png",
+                 {"dataset": "IIIT5K", "question": "what is written?", "question_type": OCR["type"],
+                  "answer": ["CENTRE"]}, dict(
+        id="Regular Text Recognition-0", kind="Regular Text Recognition", dataset="IIIT5K", question="what is written?",
+        answers=["CENTRE"], metric="ocrbench", max_new_tokens=128)),
+    "vstar": ({"test_questions.jsonl": json.dumps(GLOVE) + "\r\n\r\n"}, "sa_1.png", GLOVE, dict(
+        id="0", kind="direct_attributes", answers=["A"], metric="letter", max_new_tokens=16,
+        question="What is the material of the glove (left)?\nA. rubber\nB. cotton" + 2 * LETTER)),
+    "pope": ({"coco_pope_random.json": json.dumps(POPE, ensure_ascii=False) + "\n"}, "val2014/1.png",
+             {"question_id": 1, "category": "random", "question": POPE["text"], "answer": "yes"}, dict(
+        id="random-1", kind="random", question="Is there a snowboard\u2028?" + SHORT, answers=["yes"],
+        metric="pope", max_new_tokens=128)),
+    "hrbench4k": ({"hr_bench_4k.tsv": tsv(HR)}, "unpacked", HR | {"A": "0"}, dict(
+        id="0", kind="single", cycle="0", answers=["A"], options={"A": "0", "B": '"dark"\tblue'},
+        question='How many?\nA. 0\nB. "dark"\tblue\nAnswer the option letter directly.',
+        metric="hr", max_new_tokens=1024)),
+}
+
+
 def convert(tmp_path, name, *files, images=None):
-    """Run the command; -> (root named by the first line, questions)."""
+    """Run the command -> root named by the first line, questions."""
     out = tmp_path / "out" / f"{name}.jsonl"
     benchmarks.main([name, *map(str, files), "--out", str(out)] + (["--images", str(images)] if images else []))
-    first, *questions = map(json.loads, out.read_text().splitlines())
-    assert all((Path(first["images"]) / question["image"]).is_file() for question in questions)
-    assert not [path for path in out.parent.iterdir() if path.name.startswith(".")]   # no leftovers
-    return Path(first["images"]), questions
+    first, *found = map(json.loads, out.read_text().splitlines())
+    assert all((Path(first["images"]) / q["image"]).is_file() for q in found)
+    assert len(questions.read_questions(out)[0]) == len(found)
+    return Path(first["images"]), found
 
 
-def error_of(capsys, command):
-    """Run a command that must refuse; -> its one line on stderr."""
-    with pytest.raises(SystemExit) as stop:
-        command()
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1
-    return message
-
-
-TEXTVQA = {"image_id": "003a", "question_id": 34602, "question": "What does the NASA sign say?", "set_name": "val",
-           "answers": ["nokia"] * 10, "question_tokens": [], "image_width": 4, "image_height": 3, "image_classes": []}
-
-
-@pytest.mark.parametrize("images, relative", [("train_images", "003a.jpg"), (".", "train_images/003a.jpg")])
-def test_textvqa(tmp_path, capsys, images, relative):
-    file = save(tmp_path / "val.json", {"dataset_type": "val", "data": [TEXTVQA, TEXTVQA | {"image_id": "gone"}]})
-    save(tmp_path / "train_images/003a.jpg", png())
-    root, questions = convert(tmp_path, "textvqa", file, images=tmp_path / images)
-    assert root == tmp_path / images and root.is_absolute()
-    assert questions == [dict(id="34602", image=relative, question="What does the nasa sign say?" + SHORT,
-                              answers=["nokia"] * 10, metric="vqa", max_new_tokens=1024, tau=0.15,
-                              benchmark="textvqa")]
+@pytest.mark.parametrize("name", CASES)
+def test_questions_of_the_official_files(tmp_path, capsys, name):
+    files, picture, _, want = CASES[name]
+    save(tmp_path / picture, png())
+    files = [save(tmp_path / file, content) for file, content in files.items()]
+    root, found = convert(tmp_path, name, *files)
+    image = found[0].pop("image")
+    assert found == [want | {"benchmark": name}]
+    assert picture in ("unpacked", image) and (root / image).read_bytes() == png()
     said = capsys.readouterr()
-    assert "infer.py --eval" in said.out and "train_images/gone.jpg" in said.err and "5000" in said.err
+    assert "infer.py --eval" in said.out and f"{benchmarks.BENCHMARKS[name].count} questions" in said.err
 
 
-def test_docvqa_and_infovqa(tmp_path):
-    shared = {"questionId": 337, "question": "What is the Date?", "answers": ["1/8/93", "1993"], "data_split": "val"}
-    doc = save(tmp_path / "val_v1.0_withQT.json", b"\xef\xbb\xbf" + json.dumps(   # a byte-order mark in front
-        {"dataset_name": "SP-DocVQA", "data": [shared | {"image": "documents/rnbx0223_193.png", "docId": 1}]}).encode())
-    save(tmp_path / "documents/rnbx0223_193.png", png())
-    info = save(tmp_path / "info.json", {"data": [shared | {"image_local_name": "20471.jpeg", "image_url": "x"}]})
-    save(tmp_path / "infographicsvqa_images/20471.jpeg", png())
-    want = dict(id="337", question="What is the Date?" + SHORT, answers=["1/8/93", "1993"], metric="anls",
-                max_new_tokens=32)
-    assert convert(tmp_path, "docvqa", doc)[1] == [
-        want | dict(image="documents/rnbx0223_193.png", tau=0.10, benchmark="docvqa")]
-    assert convert(tmp_path, "infovqa", info)[1] == [
-        want | dict(image="infographicsvqa_images/20471.jpeg", tau=0.15, benchmark="infovqa")]
-
-
-def test_chartqa_takes_both_files(tmp_path):
-    row = {"imgname": "41699051005347.png", "query": "How many bars?", "label": "14"}
-    files = [save(tmp_path / f"test_{kind}.json", [row]) for kind in ("human", "augmented")]
-    save(tmp_path / "png/41699051005347.png", png())
-    _, questions = convert(tmp_path, "chartqa", *files)
-    assert [q["id"] for q in questions] == ["human-0", "augmented-0"]
-    assert [q["kind"] for q in questions] == ["human", "augmented"]
-    assert questions[0] | {"id": 0, "kind": 0} == dict(
-        id=0, kind=0, image="png/41699051005347.png", answers=["14"], metric="relaxed", max_new_tokens=16, tau=0.15,
-        benchmark="chartqa",
-        question="How many bars?\nAnswer the question with a single word.")
-
-
-def test_ocrbench_questions(tmp_path):
-    rows = [{"dataset_name": "IIIT5K", "id": 2843, "image_path": "IIIT5K/test/918_1.png", "answers": "CENTRE",
-             "question": " what is written in the image? ", "type": "Regular Text Recognition"},
-            {"dataset_name": "HME100k", "id": 1, "image_path": "HME100k/1.jpg", "answers": ["x^2", 4],
-             "question": "Formula?", "type": "Handwritten Mathematical Expression Recognition"}]
-    for row in rows:
-        save(tmp_path / "OCRBench_Images" / row["image_path"], png())
-    file = save(tmp_path / "OCRBench.json", rows)
-    _, questions = convert(tmp_path, "ocrbench", file, images=tmp_path / "OCRBench_Images")
-    assert questions[0] == dict(
-        id="0", kind="Regular Text Recognition", dataset="IIIT5K", image="IIIT5K/test/918_1.png", answers=["CENTRE"],
-        question="what is written in the image?", metric="ocrbench", max_new_tokens=128, tau=0.05,
-        benchmark="ocrbench")
-    assert questions[1]["answers"] == ["x^2", "4"] and questions[1]["dataset"] == "HME100k"
-
-
-def test_vstar_repeats_the_instruction_and_finds_boxes(tmp_path):
-    rows = [{"question_id": 0, "image": "direct_attributes/sa_4690.jpg", "category": "direct_attributes", "label": "A",
-             "text": "What is the material of the glove?\n(A) rubber\n(B) cotton\n(C) kevlar\n(D) leather" + LETTER},
-            {"question_id": 1, "image": "relative_position/sa_1.jpg", "category": "relative_position", "label": "B",
-             "text": "Is the dog left or right of the car?\n(A) right\n(B) left" + LETTER}]
-    file = save(tmp_path / "test_questions.jsonl", "\r\n".join(map(json.dumps, rows)) + "\r\n\r\n")
-    for row in rows:
-        save(tmp_path / row["image"], png())
-    save(tmp_path / "direct_attributes/sa_4690.json", {"target_object": ["glove"], "bbox": [[1682, 1175, 28, 31]]})
-    _, questions = convert(tmp_path, "vstar", file)
-    assert questions[0] == dict(
-        id="0", kind="direct_attributes", image="direct_attributes/sa_4690.jpg", answers=["A"],
-        boxes=[[1682, 1175, 1710, 1206]],
-        question="What is the material of the glove?\nA. rubber\nB. cotton\nC. kevlar\nD. leather" + 2 * LETTER,
-        metric="letter", max_new_tokens=16, tau=0.10, benchmark="vstar")
-    assert questions[1]["question"] == "Is the dog left or right of the car?\nA. right\nB. left" + 2 * LETTER
-    assert "boxes" not in questions[1]
-
-
-def test_pope_pools_three_files(tmp_path):
-    row = {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "label": "yes",
-           "text": "Is there a snowboard\u2028?"}   # a line separator, but not to JSON
-    files = [save(tmp_path / f"coco_pope_{kind}.json", json.dumps(row, ensure_ascii=False) + "\n")
-             for kind in ("random", "popular", "adversarial")]
-    save(tmp_path / "val2014" / row["image"], png())
-    _, questions = convert(tmp_path, "pope", *files, images=tmp_path / "val2014")
-    assert [question["id"] for question in questions] == ["random-1", "popular-1", "adversarial-1"]
-    assert questions[2] == dict(
-        id="adversarial-1", kind="adversarial", image=row["image"], answers=["yes"], metric="pope", max_new_tokens=128,
-        question="Is there a snowboard\u2028?" + SHORT, tau=0.15, benchmark="pope")
-
-
-def hr_file(path, **change):
-    row = dict(index=0, question="What colour? ", answer="B", category="single", A="red", B='"dark"\tblue', C="green",
-               D="", cycle_category="0", image=base64.b64encode(png()).decode()) | change
-    rows = [row, row | dict(index=1, category="cross", answer="A", cycle_category="1"),
-            row | dict(index=2, image=base64.b64encode(png(9)).decode())]
-    with open(path, "w", newline="") as file:
-        table = csv.DictWriter(file, row, delimiter="\t")
-        table.writeheader()
-        table.writerows(rows)
-    return path
-
-
-def test_hrbench_unpacks_each_picture_once(tmp_path):
-    root, questions = convert(tmp_path, "hrbench4k", hr_file(tmp_path / "hr_bench_4k.tsv"))
-    assert root == tmp_path / "out/hrbench4k_images" and len(list(root.iterdir())) == 2
-    assert questions[0]["image"] == questions[1]["image"] != questions[2]["image"]
-    assert (root / questions[0]["image"]).read_bytes() == png()
-    assert [(question["kind"], question["cycle"], question["answers"]) for question in questions] == [
-        ("single", "0", ["B"]), ("cross", "1", ["A"]), ("single", "0", ["B"])]
-    assert questions[0] | {"image": 0, "cycle": 0} == dict(
-        id="0", kind="single", cycle=0, image=0, answers=["B"], options={"A": "red", "B": '"dark"\tblue', "C": "green"},
-        question='What colour?\nA. red\nB. "dark"\tblue\nC. green\nAnswer the option letter directly.',
-        metric="hr", max_new_tokens=1024, tau=0.10, benchmark="hrbench4k")
-
-
-# ---- parquet -----------------------------------------------------------------------------------------------------
-
-def hub_file(path, rows, per_group=2):
-    """A parquet file as the hub has them: pictures as {"bytes", "path"}, small row groups."""
-    pa = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+def hub_file(path, *rows):
+    """A parquet file as the hub has them, pictures as {"bytes", "path"}."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{k: {"bytes": v, "path": None} if isinstance(v, bytes) else v for k, v in row.items()} for row in rows]
-    parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=per_group)
+    rows = [{"image": {"bytes": png(), "path": None}} | row for row in rows]
+    parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
     return path
 
 
-def test_textvqa_from_the_hub(tmp_path):
-    rows = [TEXTVQA | {"question_id": 34602 + i, "image_id": f"{i}", "answers": [str(i)] * 10} for i in range(3)]
-    file = save(tmp_path / "val.json", {"data": rows})
-    for i in range(3):
-        save(tmp_path / f"train_images/{i}.jpg", png(i))
-    shards = [hub_file(tmp_path / f"hub/data/{split}-0000{n}-of-00002.parquet", [
-        row | {"image": png(i), "flickr_300k_url": "x", "ocr_tokens": []} for i, row in enumerate(rows)][part])
-        for split, n, part in (("validation", 0, slice(2)), ("validation", 1, slice(2, 3)), ("test", 0, slice(3)))]
-    assert same_questions(tmp_path, "textvqa", [file], shards[:2]) == ["34602", "34603", "34604"]
-    assert same_questions(tmp_path, "textvqa", [file], [tmp_path / "hub"]) == ["34602", "34603", "34604"]
+@pytest.mark.parametrize("name", CASES)
+def test_the_hubs_files_give_the_same_questions(tmp_path, name):
+    *_, row, want = CASES[name]
+    if name == "vstar":
+        row = {key: value for key, value in row.items() if key != "image"}
+    split = benchmarks.BENCHMARKS[name].split
+    hub_file(tmp_path / f"hub/data/{split}-00000-of-00002.parquet", row)
+    hub_file(tmp_path / "hub/data/elsewhere.parquet", row)
+    hub_file(tmp_path / f"hub/{benchmarks.BENCHMARKS[name].other}".replace("\0", "x") / f"{split}.parquet.lock", row)
+    root, found = convert(tmp_path, name, tmp_path / "hub")
+    assert (root / found[0].pop("image")).read_bytes() == png() and root.name == f"{name}_images"
+    assert found == [want | {"benchmark": name}]
 
 
-def same_questions(tmp_path, name, official, hub):
-    """Both routes, the same questions over the same pictures -> their ids."""
-    here, want = convert(tmp_path, name, *official)
-    there, got = convert(tmp_path / "from the hub", name, *hub)
-    assert there.name == f"{name}_images"
-    assert [q | {"image": (there / q["image"]).read_bytes()} for q in got] == [
-        q | {"image": (here / q["image"]).read_bytes()} for q in want]
-    return [q["id"] for q in got]
+def test_a_folder_stands_for_one_split(tmp_path):
+    names = ("DocVQA/validation-0.parquet", "DocVQA/test-0.parquet", "InfographicVQA/validation-0.parquet")
+    files = [save(tmp_path / "DocVQA" / name, "") for name in names]
+    assert benchmarks.files_of("docvqa", [tmp_path / "DocVQA"]) == files[:1]
+    assert benchmarks.files_of("infovqa", [tmp_path / "DocVQA"]) == files[2:]
 
 
-def test_docvqa_and_infovqa_from_the_hub(tmp_path):
-    shared = {"questionId": "337", "question": "What is the Date?", "answers": ["1/8/93", "1993"], "data_split": "val"}
-    doc = save(tmp_path / "doc.json", {"data": [shared | {"image": "documents/a.png"}] * 2})
-    info = save(tmp_path / "info.json", {"data": [shared | {"image_local_name": "b.png"}]})
-    save(tmp_path / "documents/a.png", png(1))
-    save(tmp_path / "infographicsvqa_images/b.png", png(2))
-    hub = tmp_path / "DocVQA"   # the data set's own name, which must not count
-    hub_file(hub / "DocVQA/validation-00000-of-00006.parquet", [
-        shared | {"image": png(1), "docId": 1, "ucsf_document_id": "x", "question_types": ["layout"]}] * 2)
-    hub_file(hub / "DocVQA/test-00000-of-00006.parquet", [shared | {"image": png(3), "answers": None}])
-    hub_file(hub / "InfographicVQA/validation-00000-of-00006.parquet", [
-        shared | {"image": png(2), "image_url": "x", "operation/reasoning": ["count"], "ocr": "[]"}])
-    assert same_questions(tmp_path, "docvqa", [doc], [hub]) == ["337", "337"]
-    assert len(list((tmp_path / "from the hub/out/docvqa_images").iterdir())) == 1   # one picture, two questions
-    assert same_questions(tmp_path, "infovqa", [info], [hub]) == ["337"]
-
-
-def test_chartqa_from_the_hub(tmp_path):
-    row = {"imgname": "1.png", "query": "How many bars?", "label": "14"}
-    files = [save(tmp_path / f"test_{kind}.json", [row, row]) for kind in ("human", "augmented")]
+def test_several_files_and_pictures_in_common(tmp_path):
     save(tmp_path / "png/1.png", png())
-    hub = hub_file(tmp_path / "test-00000-of-00001.parquet", [
-        {"type": kind, "question": row["query"], "answer": row["label"], "image": png()}
-        for kind in ("human_test", "human_test", "augmented_test", "augmented_test")])
-    ids = ["human-0", "human-1", "augmented-0", "augmented-1"]
-    assert same_questions(tmp_path, "chartqa", files, [hub]) == ids
+    files = [save(tmp_path / f"test_{kind}.json", [CHART, CHART]) for kind in ("human", "augmented")]
+    _, found = convert(tmp_path, "chartqa", *files, images=tmp_path / "png")
+    assert [q["id"] for q in found] == ["human-0", "human-1", "augmented-0", "augmented-1"]
+    assert {q["image"] for q in found} == {"1.png"}
+    root, found = convert(tmp_path, "hrbench4k", save(tmp_path / "hr.tsv", tsv(HR, HR)))
+    assert len(found) == 2 and len(list(root.iterdir())) == 1   # a picture is unpacked once
 
 
-def test_ocrbench_from_the_hub(tmp_path):
-    row = {"dataset_name": "IIIT5K", "image_path": "1.png", "answers": ["CENTRE"], "type": "Regular Text Recognition",
-           "question": "what is written in the image? "}
-    file = save(tmp_path / "OCRBench.json", [row, row | {"dataset_name": "HME100k", "type": "Doc-oriented VQA"}])
-    save(tmp_path / "OCRBench_Images/1.png", png())
-    hub = [hub_file(tmp_path / f"data/test-0000{n}-of-00002.parquet", [
-        {"dataset": name, "question": row["question"], "question_type": kind, "answer": ["CENTRE"], "image": png()}])
-        for n, (name, kind) in enumerate((("IIIT5K", row["type"]), ("HME100k", "Doc-oriented VQA")))]
-    assert same_questions(tmp_path, "ocrbench", [file], hub) == ["0", "1"]
+def test_vstar_prompts_are_the_harness_own(tmp_path):
+    """An option with a bracket is lost, as in the harness; one without options stays as it is."""
+    text = benchmarks.vstar(GLOVE | {"text": "Dog?\n(A) red (dark)\n(B) blue"})["question"]
+    assert text == "Dog?\nA. blue" + LETTER
+    assert benchmarks.vstar(GLOVE | {"text": " Dog? "})["question"] == " Dog? " + LETTER
+    save(tmp_path / "sa_1.png", png())
+    save(tmp_path / "sa_1.json", {"target_object": ["glove"], "bbox": [[1682, 1175, 28, 31]]})
+    _, found = convert(tmp_path, "vstar", save(tmp_path / "q.jsonl", GLOVE))
+    assert found[0]["boxes"] == [[1682, 1175, 1710, 1206]]
 
 
-def test_vstar_from_the_hub(tmp_path):
-    row = {"question_id": "0", "image": "direct_attributes/sa_4690.png", "category": "direct_attributes", "label": "A",
-           "text": "What is the material of the glove?\n(A) rubber\n(B) cotton" + LETTER}
-    file = save(tmp_path / "test_questions.jsonl", json.dumps(row))
-    save(tmp_path / row["image"], png())
-    hub = hub_file(tmp_path / "data/test-00000-of-00001.parquet", [row | {"image": png()}])
-    assert same_questions(tmp_path, "vstar", [file], [hub]) == ["0"]
-
-
-def test_pope_from_the_hub(tmp_path):
-    rows = [{"question_id": n, "image": "1.png", "text": "Is there a dog?", "label": "no"} for n in (1, 2)]
-    kinds = ("adversarial", "popular", "random")
-    files = [save(tmp_path / f"coco_pope_{kind}.json", "\n".join(map(json.dumps, rows))) for kind in kinds]
-    save(tmp_path / "val2014/1.png", png())
-    rows = [{"id": "0", "question_id": str(row["question_id"]), "question": row["text"], "answer": "no",
-             "image_source": "1", "image": png(), "category": kind} for kind in kinds for row in rows]
-    hub_file(tmp_path / "hub/data/test-00000-of-00003.parquet", rows, per_group=4)
-    hub_file(tmp_path / "hub/Full/popular-00000-of-00001.parquet", rows[:2])   # the same again, by file
-    ids = [f"{kind}-{n}" for kind in kinds for n in (1, 2)]
-    assert same_questions(tmp_path, "pope", files, [tmp_path / "hub"]) == ids
-
-
-def test_hrbench_from_the_hub(tmp_path):
-    file = hr_file(tmp_path / "hr_bench_4k.tsv")
-    with open(file, newline="") as lines:
-        rows = [row | {"index": int(row["index"]), "D": None} for row in csv.DictReader(lines, delimiter="\t")]
-    hub_file(tmp_path / "hub/hr_bench_4k.parquet", rows)
-    hub_file(tmp_path / "hub/hr_bench_8k.parquet", rows[:1])
-    assert same_questions(tmp_path, "hrbench4k", [file], [tmp_path / "hub"]) == ["0", "1", "2"]
-
-
-def test_bad_parquet_files_leave_nothing(tmp_path, capsys):
-    row = {"type": "human_test", "question": "How many?", "answer": "14", "image": png()}
-    good = hub_file(tmp_path / "test.parquet", [row] * 6)
-    pieces = pytest.importorskip("pyarrow.parquet").ParquetFile(good).metadata
-    broken = bytearray(good.read_bytes())
-    at = pieces.row_group(2).column(0).data_page_offset
-    broken[at:at + 8] = b"\xff" * 8
-    out = tmp_path / "out/q.jsonl"
-    out.parent.mkdir()
-
-    def refusal(*arguments):
-        message = error_of(capsys, lambda: benchmarks.main(["chartqa", *map(str, arguments), "--out", str(out)]))
-        assert not list(out.parent.iterdir())
-        return message
-    assert "near question 4: not a parquet file, or cut short" in refusal(save(tmp_path / "a.parquet", bytes(broken)))
-    assert "near question 1: not a parquet file" in refusal(save(tmp_path / "b.parquet", good.read_bytes()[:-9]))
-    assert "no field 'answer'" in refusal(hub_file(tmp_path / "c.parquet", [{"text": "How many?", "image": png()}]))
-    assert "not a picture" in refusal(hub_file(tmp_path / "d.parquet", [row, row | {"image": b"GIF8"}]))
-    assert "not a picture" in refusal(hub_file(tmp_path / "e.parquet", [row | {"image": {"path": "1.png"}}]))
-    assert "no answer" in refusal(hub_file(tmp_path / "f.parquet", [row | {"answer": None}]))
-    assert "leave --images out" in refusal(good, "--images", tmp_path)
-    assert "not both" in refusal(good, save(tmp_path / "test_human.json", []))
-    assert "holds no *test*.parquet" in refusal(out.parent)
-
-
-def test_parquet_without_pyarrow_names_the_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    file = save(tmp_path / "test.parquet", b"PAR1")
-    message = error_of(capsys, lambda: benchmarks.main(["chartqa", str(file), "--out", str(tmp_path / "q.jsonl")]))
-    assert message.endswith("reading parquet needs pyarrow: pip install pyarrow\n")
+@pytest.mark.parametrize("change, reason", [
+    ({"image": "/etc/hostname"}, "malformed"), ({"image": "../here/sa_1.png"}, "malformed"),
+    ({"text": "half \ud800"}, "malformed"), ({"label": "(A)"}, "malformed"), ({"label": math.nan}, "no answer"),
+    ({"image": "gone.png"}, "without a picture")])
+def test_a_record_that_can_not_be_used_is_left_out_and_counted(tmp_path, capsys, change, reason):
+    save(tmp_path / "here/sa_1.png", png())
+    file = save(tmp_path / "here/q.jsonl", "\n".join(map(json.dumps, (GLOVE, GLOVE | change))))
+    assert len(convert(tmp_path, "vstar", file)[1]) == 1
+    said = capsys.readouterr().err
+    assert "left out: 1 " in said and reason in said
 
 
 @pytest.mark.parametrize("content, problem", [
-    ("[{\"image_id\": ", "near question 1"), (b"PAR1\xff\xfe\x00", "utf-8"), ([1, 2], "near question 1"),
-    ({"a": 1}, "no list"), ([], "no question"), ([{"image_id": 1}], "no field 'question_id'"),
-    ([TEXTVQA | {"question": 5}], "near question 1"), ([TEXTVQA | {"answers": []}], "no answer"),
-    ([TEXTVQA], "none of the 1 pictures")])
-def test_bad_files_leave_nothing(tmp_path, capsys, content, problem):
-    file, out = save(tmp_path / "val.json", content), tmp_path / "out/q.jsonl"
-    save(out, "what was here before")
-    message = error_of(capsys, lambda: benchmarks.main(["textvqa", str(file), "--out", str(out)]))
-    assert problem in message and ("TextVQA_0.5.1_val.json" in message or "--images" in message)
-    assert out.read_text() == "what was here before" and list(out.parent.iterdir()) == [out]
+    ("[{", "val.json: Expecting"), (b"\xff", "utf-8"), ([1, 2], "val.json"), ([], "none there"), ([{}], "question_id"),
+    ([TEXTVQA | {"answers": []}], "no answer"), ([TEXTVQA], "train_images/003a.jpg"), (None, "No such file")])
+def test_a_file_without_a_usable_question_changes_nothing(tmp_path, capsys, content, problem):
+    file, out = tmp_path / "val.json", save(tmp_path / "out/q.jsonl", "what was here before")
+    if content is not None:
+        save(file, content)
+    message = refusal(capsys, benchmarks, "textvqa", file, "--out", out)
+    assert problem in message and "TextVQA_0.5.1_val.json" in message and out.read_text() == "what was here before"
+    assert "overwritten" in refusal(capsys, benchmarks, "textvqa", out, "--out", out)
 
 
-@pytest.mark.parametrize("image, problem", [("AAAA", "not a picture"), ("A", "not a picture")])
-def test_bad_pictures_in_hrbench(tmp_path, capsys, image, problem):
-    file, out = hr_file(tmp_path / "hr.tsv", image=image), tmp_path / "out/hr.jsonl"
-    assert problem in error_of(capsys, lambda: benchmarks.main(["hrbench8k", str(file), "--out", str(out)]))
-    assert not list(out.parent.iterdir())
-
-
-@pytest.mark.parametrize("arguments, problem", [
-    (["mmlu", "a.json"], "mmlu"), (["pope", "gone.json"], "gone.json: no such file"), (["pope"], "FILE"),
-    (["pope", "{file}", "--images", "nowhere"], "nowhere: no such folder"),
-    (["pope", "{file}", "--out", "{file}"], "overwritten"), (["hrbench4k", "{file}", "--images", "."], "--images"),
-    (["pope", "{file}", "--out", "{file}/q.jsonl"], "check the path")])
-def test_bad_commands(tmp_path, capsys, arguments, problem):
-    file = save(tmp_path / "there.json", "{}")
-    arguments = [argument.format(file=file) for argument in arguments]
-    assert problem in error_of(capsys, lambda: benchmarks.main(arguments)) and file.read_text() == "{}"
+def test_parquet_files_that_can_not_be_read(tmp_path, capsys):
+    row = {"type": "human_test", "question": "How many?", "answer": "14"}
+    cut = save(tmp_path / "a.parquet", hub_file(tmp_path / "test.parquet", row).read_bytes()[:-9])
+    bad = hub_file(tmp_path / "b.parquet", row | {"image": {"bytes": b"GIF8", "path": None}})
+    for file, problem in ((cut, "a.parquet: Parquet"), (bad, "UnidentifiedImageError")):
+        assert problem in refusal(capsys, benchmarks, "chartqa", file, "--out", tmp_path / "q.jsonl")
 
 
 # ---- llava_mix ---------------------------------------------------------------------------------------------------
@@ -555,31 +476,30 @@ def talk(*turns):
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
 
 
+def record(image, *turns):
+    return {"id": 7, "image": image, "conversations": talk(*(turns or ("<image>\nWhat?", "It.")))}
+
+
 MIX = [
-    {"id": 1, "image": "coco/train2017/gqa.jpg", "conversations": talk("<image>\nWhat?", "It.")},
-    {"id": 2327515, "image": "gqa/images/1.jpg", "conversations": talk(
-        f"<image>\nAre there scarves?{SHORT}", "Yes", "What is left of the man?", "car")},
-    {"id": "140031996X", "image": "ocr_vqa/images/2.jpg", "model": "x",
-     "conversations": talk(f"Who?{SHORT}\n<image>", "Ann")},
+    record("coco/train2017/gqa.jpg"),
+    record("gqa/images/1.jpg", f"<image>\nAre there scarves?{SHORT}", "Yes", "What is left of the man?", "car"),
+    record("ocr_vqa/images/2.jpg", f"Who?{SHORT}\n<image>", "Ann"),
     {"id": "t", "conversations": talk("Tell me about gqa.", "No.")},                                  # text only
-    {"id": "v", "image": "textvqa/train_images/3.jpg", "conversations": talk("<image>\nWhat?", "It.")},
-    {"id": 5, "image": "gqa/images/1.jpg", "conversations": talk("<image>\nSame image?", "Same")},   # stays, too
-    {"id": 6, "image": "gqa/images/gone.jpg", "conversations": talk("<image>\nWhat?", "It.")},
-    {"id": 7, "image": "gqa/images/empty.jpg", "conversations": talk("<image>\nWhat?", "It.")},
-    {"id": 8, "image": "ocr_vqa/images/1437717772.jpg", "conversations": talk("<image>\nWhat?", "It.")},    # broken
-    {"id": 9, "image": "ocr_vqa/images/51WYdiyqywL.jpg", "conversations": talk("<image>\nRepaired?", "")},
-    {"id": 10, "image": "gqa/images/1.jpg", "conversations": talk("<image>\nUnanswered?")},      # from here malformed
-    {"id": 11, "image": "gqa/images/1.jpg", "conversations": talk("<image>\n", "Nothing asked")},
-    {"id": 12, "image": "gqa/images/1.jpg"},
-    {"id": 13, "image": ["gqa/images/1.jpg"], "conversations": talk("<image>\nWhat?", "It.")},
-    {"id": 14, "image": "gqa/images/1.jpg", "conversations": talk("a", "b")[::-1]},
-    "not a record",
+    record("textvqa/train_images/3.jpg"),
+    record("gqa/images/1.jpg", "<image>\nSame image?", "Same"),                                      # stays, too
+    record("gqa/images/gone.jpg"), record("gqa/images/empty.jpg"),
+    record("ocr_vqa/images/1437717772.jpg"),                                                          # known, broken
+    record("ocr_vqa/images/51WYdiyqywL.jpg", "<image>\nRepaired?", ""),                               # known, repaired
+    record("gqa/images/1.jpg", "<image>\nUnanswered?"),                                 # from here malformed
+    record("gqa/images/1.jpg", "<image>\n", "Nothing asked"), {"id": 12, "image": "gqa/images/1.jpg"},
+    record(["gqa/images/1.jpg"]), "not a record", record("/gqa/images/1.jpg"), record("gqa/../gqa/images/1.jpg"),
+    record("gqa/images/1.jpg", "<image>\nHalf \ud800?", "It."), record("gqa/\udfff.jpg"),
 ]
 
 
 @pytest.fixture
 def mix(tmp_path):
-    """-> run(*arguments, records=MIX): questions. The folder's own name holds "gqa", which must not matter."""
+    """-> run(*arguments): questions of MIX. The folder's own name holds "gqa", which must not matter."""
     root = tmp_path / "my_gqa_data"
     for name in ("coco/train2017/gqa.jpg", "textvqa/train_images/3.jpg", "gqa/images/1.jpg", "ocr_vqa/images/2.jpg",
                  "ocr_vqa/images/51WYdiyqywL.jpg"):
@@ -587,14 +507,13 @@ def mix(tmp_path):
     save(root / "gqa/images/empty.jpg", b"")
     save(root / "ocr_vqa/images/1437717772.jpg", png()[:40])
 
-    def run(*arguments, records=MIX):
+    def run(*arguments):
         out = tmp_path / "mix.jsonl"
-        text = "\ufeff" + json.dumps(records, indent=1).replace("\n", "\r\n")   # as a Windows editor would save it
+        text = "\ufeff" + json.dumps(MIX, indent=1).replace("\n", "\r\n")   # as a Windows editor would save it
         llava_mix.main([str(save(tmp_path / "mix.json", text)), "--images", str(root), "--out", str(out), *arguments])
-        assert not list(tmp_path.glob("*.part*"))
-        first, *questions = map(json.loads, out.read_text().splitlines())
-        assert first == {"images": str(root)}
-        return questions
+        first, *found = map(json.loads, out.read_text().splitlines())
+        assert first == {"images": str(root)} and len(questions.read_questions(out)[0]) == len(found)
+        return found
     return run
 
 
@@ -605,49 +524,22 @@ def test_llava_mix_takes_first_questions(mix, capsys):
         dict(id="5", kind="gqa", image="gqa/images/1.jpg", question="Same image?", answers=["Same"]),
         dict(id="9", kind="ocr_vqa", image="ocr_vqa/images/51WYdiyqywL.jpg", question="Repaired?", answers=[""])]
     said = capsys.readouterr()
-    lines = [" ".join(line.split()) for line in said.out.splitlines()]
-    assert lines[0].startswith("gqa 2 kept") and lines[0].endswith("2 without a usable picture")
-    assert lines[1].startswith("ocr_vqa 2 kept") and lines[1].endswith("1 without a usable picture")
-    assert lines[2] == "left out 2 other sources, 1 text only, 6 malformed"
-    assert "gone.jpg" in said.err and "1437717772.jpg: known" in said.err and "record 10" in said.err
-
-
-def test_what_can_not_be_written_leaves_nothing(mix, tmp_path, capsys):
-    taken = save(tmp_path / "taken/by a folder/x", "").parent
-    pope = save(tmp_path / "coco_pope_random.json", {"question_id": 1, "image": "1.jpg", "text": "?", "label": "no"})
-    save(tmp_path / "val2014/1.jpg", png())
-    for command in (lambda: mix("--out", str(taken)),
-                    lambda: benchmarks.main(["pope", str(pope), "--out", str(taken)])):
-        assert "by a folder" in error_of(capsys, command)
-        assert list(taken.parent.iterdir()) == [taken]
-
-
-def test_a_pictures_name_forges_no_line(mix, capsys):
-    record = dict(image="gqa/images/x\nllava_mix.py: all is well\n.jpg",
-                  conversations=[{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}])
-    mix(records=[record, *MIX])
-    said = capsys.readouterr().err.splitlines()
-    assert any(r"x\nllava_mix.py: all is well\n.jpg" in line for line in said)
-    assert not [line for line in said if line.startswith("llava_mix.py:")]
+    assert said.out.startswith("gqa            2 kept of about 72,140\nocr_vqa        2 kept")
+    for reason in ("2 of other sources", "1 text only", "9 malformed (first: record 10:",
+                   "3 without a usable picture (first: gqa/images/gone.jpg)"):
+        assert reason in said.err
 
 
 def test_llava_mix_keeps_conversations(mix):
     first = mix("--all-turns")[0]
     assert first["question"] == ["Are there scarves?" + SHORT, "What is left of the man?"]
-    assert first["answers"] == ["Yes", "car"]
+    assert first["answers"] == ["car"]   # of the last turn, the one that is scored
 
 
-@pytest.mark.parametrize("records, problem", [
-    ({"data": []}, "no list"), ([], "no GQA or OCR-VQA"), (MIX[:1], "no GQA or OCR-VQA"), (MIX[6:7], "gone.jpg")])
-def test_llava_mix_refuses_useless_files(mix, capsys, tmp_path, records, problem):
-    assert problem in error_of(capsys, lambda: mix(records=records))
-    assert not (tmp_path / "mix.jsonl").exists()
-
-
-@pytest.mark.parametrize("arguments, problem", [
-    (["gone.json", "--images", "."], "gone.json"), (["{file}", "--images", "."], "not JSON"), (["{file}"], "--images"),
-    (["{file}", "--images", "nowhere"], "nowhere"), (["{file}", "--images", ".", "--out", "{file}"], "overwritten")])
-def test_llava_mix_bad_commands(capsys, tmp_path, arguments, problem):
-    file = save(tmp_path / "cut.json", '[{"id": 1, ')
-    assert problem in error_of(capsys, lambda: llava_mix.main([argument.format(file=file) for argument in arguments]))
-    assert file.read_text() == '[{"id": 1, '
+@pytest.mark.parametrize("content, problem", [
+    ("[{", "mix.json: Expecting"), ("5", "mix.json"), ({"data": []}, "1 malformed"), ([], "no question can be used"),
+    (MIX[:1], "1 of other sources"), (MIX[6:7], "gone.jpg")])
+def test_llava_mix_refuses_a_file_without_a_usable_question(capsys, tmp_path, content, problem):
+    file, out = save(tmp_path / "mix.json", content), tmp_path / "out.jsonl"
+    assert problem in refusal(capsys, llava_mix, file, "--images", tmp_path, "--out", out) and not out.exists()
+    assert "overwritten" in refusal(capsys, llava_mix, file, "--images", tmp_path, "--out", file)
