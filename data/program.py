@@ -1,12 +1,14 @@
-"""What all programs share: what they say on stderr, and how they end when something is wrong.
+"""What all programs share: what they say on stderr, torchrun's processes, and how they end.
 
-    say("step 3 of 60")                  # from one process of several
-    run_program(parser(), work)          # work(args); a fault is one line and exit code 2
+    log("step 3 of 60")                  # from one process of several
+    run_program(parser(), work)          # work(args); whatever is wrong is one line and exit code 2
 
 Left out: their flags, and what they do.
 """
+import argparse
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -14,18 +16,36 @@ import torch.distributed as dist
 from clip import BadInput, printable
 
 
-def say(text):
-    """Print a line to stderr, from one process."""
+def log(text):
+    """Print a line to stderr, from one process of several."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(printable(text), file=sys.stderr, flush=True)
 
 
-def first_few(texts):
-    """
-    >>> first_few(["a", "b", "c", "d"])
-    'a, b, c ...'
-    """
-    return ", ".join(texts[:3]) + (" ..." if len(texts) > 3 else "")
+def join_processes(device):
+    """Meet the other processes of torchrun, if any -> the device of this one; default: a GPU."""
+    backend = "gloo"
+    if device in (None, "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        dist.init_process_group(backend, timeout=timedelta(days=30))
+    return device or "cpu"
+
+
+def at_least_1(text):
+    """An argparse type."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
+def between_0_and_1(text):
+    """An argparse type."""
+    if not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
 
 
 def first_to_fail():
@@ -34,34 +54,30 @@ def first_to_fail():
         return os.environ.get("RANK", "0") == "0"
     try:
         return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except RuntimeError:  # the store went with the process that failed first
+    except RuntimeError:  # the store went away with the process that failed first
         return False
 
 
-def run_program(parser, work, argv=None, memory="close other programs", again="",
-                disk="check the path, the rights and the free space"):
-    """Read the flags and do the work. SystemExit with one line: code 2 for a fault, 130 for Ctrl-C.
+def run_program(parser, work, argv=None, memory="close other programs", again="stopped"):
+    """Parse the flags and do the work. SystemExit with one line: 2 for a fault, 130 for Ctrl-C.
 
-    memory, disk: what helps where these fail. again: what the same command does after a stop.
+    memory: what helps when memory is full. again: what to print after Ctrl-C.
     """
     def fail(message, code=2):
         if first_to_fail():
             print(f"{parser.prog}:", BadInput(message), file=sys.stderr)
         sys.exit(code)
 
-    parser.error = lambda message: fail(f"{message}; see --help")  # instead of the usage text
-    args = parser.parse_args(argv)
+    sys.stdin = sys.stdin or open(os.devnull)  # None if closed, as in `train.py 2>&-`
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    parser.error = lambda message: fail(f"{message}; see --help")
+    args = parser.parse_intermixed_args(argv)
     try:
         work(args)
-    except (BadInput, FloatingPointError) as e:
+    except (BadInput, FloatingPointError, OSError, UnicodeError) as e:
         fail(e)
-    except UnicodeError as e:
-        fail(f"stdin or stdout can not hold this text ({e}); set PYTHONIOENCODING=utf-8")
-    except OSError as e:
-        path = e.filename2 or e.filename or "disk"  # of a failed move, filename2 is where to
-        fail(f"{path}: {e.strerror or e}; {disk}")
     except KeyboardInterrupt:
-        fail(f"stopped; {again}" if again else "stopped", 130)
+        fail(again, 130)
     except (MemoryError, RuntimeError) as e:
         full = isinstance(e, (MemoryError, torch.OutOfMemoryError))
         if full or "can't allocate memory" in str(e):  # the latter is how torch says it on a CPU
