@@ -79,8 +79,9 @@ def load_all(args):
         if path is None:
             raise BadInput(f"{folder}: no RPN; train one: python train.py --ckpt {args.ckpt}")
     m = load(folder, args.device, args.dtype)
-    if m.device.type == "cpu" and sum(p.numel() for p in m.parameters()) < SMALL:
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    small = m.device.type == "cpu" and sum(p.numel() for p in m.parameters()) < SMALL
+    if small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     if recipe:
         rpn = RPN.load(path, m)
         m.budget = recipe.budget or m.budget

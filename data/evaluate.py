@@ -65,7 +65,8 @@ def evaluate(m, rpn, recipe, path, images=None, mode="mask", tau=None, limit=Non
     rows = []
     for q in questions:
         if all(q["key"] in answers for answers in kept.values()):
-            rows.append(q | {name: answers[q["key"]] for name, answers in kept.items()})
+            row = {name: answers[q["key"]] for name, answers in kept.items()}
+            rows.append({"kind": "all"} | q | row)
             for name in kept:
                 rows[-1][name]["score"] = metrics.score(q, rows[-1][name]["answer"])
     if out:
@@ -86,9 +87,11 @@ def digest(facts):
 def result_line(row, modes):
     """One line of `out`."""
     line = {field: row.get(field) for field in ("image", "id", "question", "tau")}
+    line |= {"ms": {}, "scores": {}}
     for name in modes:
         line |= {name: row[name]["answer"], "boxes": row[name]["boxes"]}
-    line["ms"] = {name: round(1000 * row[name]["seconds"], 1) for name in modes}
+        line["ms"][name] = round(1000 * row[name]["seconds"], 1)
+        line["scores"][name] = row[name]["score"]
     return json.dumps(line) + "\n"
 
 
@@ -129,6 +132,7 @@ def ask_all(m, rpn, questions, root, kept, max_bad):
             return q, e
 
     new = [q for q in questions if not all(q["key"] in answers for answers in kept.values())]
+    log(f"{len(new)} of {len(questions)} questions are new; answers are kept in {ROOT / 'out/eval'}")
     began, bad, image = time.monotonic(), 0, None
     for n, ((q, picture),) in enumerate(read_ahead(load, ([q] for q in new)), 1):
         try:
