@@ -14,6 +14,7 @@ Left out: training a vocabulary; any tokenizer.json that is not byte-level BPE.
 """
 import functools
 import heapq
+import math
 import re
 import sys
 import unicodedata
@@ -92,8 +93,7 @@ def read_rule(rule):
            invert=[False])
     if rule["type"] == "Digits":
         return re.compile(f"[{members('N')}]")
-    (kind, pattern), = rule["pattern"].items()
-    return re.compile(translate(pattern) if kind == "Regex" else re.escape(pattern))
+    return re.compile(translate(rule["pattern"]["Regex"]))
 
 
 # ------------------------------------------------------------------------------------------ bytes
@@ -154,25 +154,27 @@ class BPE:
     types one, it stays text. Ordinary added tokens are text that never merges. 13 of DeepSeek's are
     letters ("ü", ...), the names of bytes that UTF-8 never uses. quirk: the reference library
     decodes these to U+FFFD; here they are the letters they look like.
-    Raises BadInput for a file that is missing, damaged or of another kind.
+    Raises BadInput for a file that is missing, damaged, of another kind, or of more tokens than the
+    model has embeddings.
     """
 
-    def __init__(self, path):
-        self.path, self.letters = path, byte_letters()
+    def __init__(self, path, embeddings=math.inf):
+        self.path = path
         with reading(path, "use the tokenizer.json of this checkpoint"):
             self.read(read_json(Path(path)))
+            if self.size > embeddings:
+                raise ValueError(f"{self.size} tokens, but config.json has {embeddings} embeddings")
 
     def read(self, content):
         model, added = content["model"], content["added_tokens"]
         expect(model, type=["BPE"], byte_fallback=[False], ignore_merges=[False], dropout=[0],
                continuing_subword_prefix=[""], end_of_word_suffix=[""])
         normalizer = content["normalizer"] or {"normalizers": []}
-        steps = [step["type"] for step in normalizer.get("normalizers", [normalizer])]
+        steps = normalizer.get("normalizers", [normalizer])
+        for step in steps:
+            expect(step, type=["NFC"])
         *rules, last = content["pre_tokenizer"]["pretokenizers"]
-        if steps not in ([], ["NFC"]):
-            raise ValueError(f"normalizer {steps}")
-        if (last["type"], last["add_prefix_space"], last["use_regex"]) != ("ByteLevel", False, False):
-            raise ValueError(f"the last pre_tokenizer is {last}")
+        expect(last, type=["ByteLevel"], add_prefix_space=[False], use_regex=[False])
         self.compose = bool(steps)
         self.rules = [read_rule(rule) for rule in rules]
         self.vocab, self.merges = model["vocab"], {}
@@ -186,7 +188,9 @@ class BPE:
             kind = self.special if token["special"] else self.ordinary
             kind[token["content"]] = token["id"]
             self.bytes[token["id"]] = b"" if token["special"] else token["content"].encode()
-        byte_of = {letter: byte for byte, letter in enumerate(self.letters)}
+        letters = byte_letters()
+        self.byte_ids = [self.vocab.get(letter) for letter in letters]  # None: never in UTF-8
+        byte_of = {letter: byte for byte, letter in enumerate(letters)}
         for token, i in self.vocab.items():
             if i not in self.bytes:
                 self.bytes[i] = bytes(byte_of[letter] for letter in token)
@@ -201,16 +205,15 @@ class BPE:
         for table in (self.special, self.ordinary, self.vocab):
             if content in table:
                 return table[content]
-        raise BadInput(f"{self.path}: no token {content}; use the tokenizer.json of this checkpoint")
+        raise BadInput(f"{self.path}: no token {content}; use this checkpoint's tokenizer.json")
 
     def encode(self, text, special=False):
         """Text -> ids; special=True reads special tokens by name, as in a rendered template."""
         added = self.ordinary | (self.special if special else {})
-        if not added:
-            return self.encode_ordinary(text)
-        longest_first = sorted(added, key=len, reverse=True)
+        longest_first = sorted(map(re.escape, added), key=len, reverse=True)
+        pattern = re.compile("|".join(longest_first) or "(?!)")  # (?!) never matches
         ids = []
-        for piece in isolate(re.compile("|".join(map(re.escape, longest_first))), text):
+        for piece in isolate(pattern, text):
             ids += [added[piece]] if piece in added else self.encode_ordinary(piece)
         return ids
 
@@ -221,8 +224,8 @@ class BPE:
             pieces = [part for piece in pieces for part in isolate(rule, piece)]
         ids = []
         for piece in pieces:
-            letters = [self.letters[byte] for byte in piece.encode("utf-8", "replace")]
-            ids += merge([self.vocab[letter] for letter in letters], self.merges)
+            data = piece.encode("utf-8", "replace")
+            ids += merge([self.byte_ids[byte] for byte in data], self.merges)
         return ids
 
     def decode(self, ids):
