@@ -6,22 +6,24 @@ Text <-> ids by byte-level BPE, read from a checkpoint's tokenizer.json (DeepSee
     bpe.decode([17464, 1843])               # "Hello world"
     bpe.token_id("<image_placeholder>")     # 100015
 
-Four steps: added tokens are split off by their content; the normaliser; the pre-tokeniser's rules
-cut what lies between into pieces, each rule within the pieces of the one before; the bytes of each
-piece are merged, pair by pair, in the order in which the pairs were learnt. All rules are the
-file's own; only their regular expressions are translated for `re`.
-Left out: training a vocabulary; a tokenizer.json that is not byte-level BPE is refused.
+Encoding takes four steps. Added tokens are cut out of the text. The rest is normalised. The
+pre-tokeniser's rules cut it into pieces, each rule within the pieces of the one before. Within a
+piece, pairs of tokens are merged in the order in which training learnt them, starting from bytes.
+The rules are the file's own; only their regular expressions are translated for `re`.
+Left out: training a vocabulary; any tokenizer.json that is not byte-level BPE.
 """
 import functools
+import heapq
+import math
 import re
 import sys
 import unicodedata
 from pathlib import Path
 
-from clip import BadInput
-from model import read_json
+from clip import BadInput, reading
+from model import expect, read_json
 
-# Unicode's white space, for inside a class; Python's \s also takes \x1c to \x1f
+# Unicode's white space, for use inside a class; Python's \s also matches \x1c to \x1f
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 
@@ -34,17 +36,21 @@ def members(category):
     >>> members("Zl")
     '\\\\U00002028-\\\\U00002028'
     """
-    every = range(sys.maxunicode + 1)
-    inside = [unicodedata.category(chr(i)).startswith(category) for i in every] + [False]
-    edges = [i for i in range(len(inside)) if inside[i] != inside[i - 1]]  # first, end, first, ...
-    runs = zip(edges[::2], edges[1::2], strict=True)
-    return "".join(rf"\U{first:08x}-\U{end - 1:08x}" for first, end in runs)
+    inside, first = "", None
+    for i in range(sys.maxunicode + 2):
+        belongs = i <= sys.maxunicode and unicodedata.category(chr(i)).startswith(category)
+        if belongs and first is None:
+            first = i
+        if first is not None and not belongs:
+            inside += rf"\U{first:08x}-\U{i - 1:08x}"
+            first = None
+    return inside
 
 
 def translate(pattern):
     r"""A regular expression of tokenizer.json -> the same for `re`, which lacks \p{..}.
 
-    Here $ is the end of the piece, and \s what Unicode calls white space.
+    There, $ is the end of the piece and \s is Unicode's white space.
 
     >>> translate(r"\s+$") == f"[{SPACE}]+\\Z"
     True
@@ -61,7 +67,7 @@ def translate(pattern):
         elif part == "$" and not in_class:
             python += r"\Z"
         elif re.fullmatch(r"\\[a-zA-Z]", part) and part not in (r"\r", r"\n", r"\t"):
-            raise ValueError(f"{part} in {pattern[:30]}")
+            raise ValueError(f"{part} in the pattern {pattern[:30]}")
         else:
             in_class = part == "[" or (in_class and part != "]")
             python += part
@@ -82,20 +88,12 @@ def isolate(pattern, text):
 
 
 def read_rule(rule):
-    """One entry of the pre-tokeniser -> a compiled pattern to isolate, or ValueError."""
-    if rule["type"] == "Digits" and rule["individual_digits"]:
+    """One entry of the pre-tokeniser -> a compiled pattern to isolate."""
+    expect(rule, type=["Digits", "Split"], individual_digits=[True], behavior=["Isolated"],
+           invert=[False])
+    if rule["type"] == "Digits":
         return re.compile(f"[{members('N')}]")
-    if rule["type"] == "Split" and rule["behavior"] == "Isolated" and not rule["invert"]:
-        (kind, pattern), = rule["pattern"].items()
-        return re.compile(translate(pattern) if kind == "Regex" else re.escape(pattern))
-    raise ValueError(f"pre-tokeniser {rule['type']}")
-
-
-def flatten(part, key):
-    """None, one entry, or a Sequence of entries under `key` -> a list of entries."""
-    if part is None:
-        return []
-    return part[key] if part["type"] == "Sequence" else [part]
+    return re.compile(translate(rule["pattern"]["Regex"]))
 
 
 # ------------------------------------------------------------------------------------------ bytes
@@ -114,23 +112,37 @@ def byte_letters():
     return [chr(b if b in printable else next(others)) for b in range(256)]
 
 
-def merge(symbols, ranks):
-    """Join neighbours until no pair is left that was learnt; the lowest rank (learnt first) first.
+def merge(ids, merges):
+    """Merge neighbours until no pair is left that training learnt; the one learnt first goes first.
 
-    >>> merge(list("hello"), {("l", "o"): 0, ("h", "e"): 1, ("l", "lo"): 2})
-    ['he', 'llo']
+    merges: {pair of ids: (rank, merged id)}. The tokens are a linked list and the pairs a heap, so
+    a piece of n bytes takes O(n log n).
+
+    >>> merge([1, 2, 3], {(1, 2): (7, 12), (2, 3): (4, 23)})
+    [1, 23]
     """
-    while len(symbols) > 1:
-        pair = min(zip(symbols, symbols[1:]), key=lambda pair: ranks.get(pair, len(ranks)))
-        if pair not in ranks:
-            break
-        merged, i = [], 0
-        while i < len(symbols):  # every occurrence, from the left
-            size = 2 if (*symbols[i:i + 2],) == pair else 1
-            merged.append("".join(symbols[i:i + size]))
-            i += size
-        symbols = merged
-    return symbols
+    n = len(ids)
+    ids = [*ids, None]  # behind the last token, and as ids[-1] before the first
+    before, after = [*range(-1, n)], [*range(1, n + 1), 0]
+    heap = []
+
+    def push(i):
+        pair = ids[i], ids[after[i]]
+        if pair in merges:
+            heapq.heappush(heap, (merges[pair][0], i, pair))
+
+    for i in range(n):
+        push(i)
+    while heap:
+        _, i, pair = heapq.heappop(heap)
+        j = after[i]
+        if (ids[i], ids[j]) == pair:  # else one of the two has since been merged
+            ids[i], ids[j] = merges[pair][1], None
+            after[i] = after[j]
+            before[after[j]] = i
+            push(before[i])
+            push(i)
+    return [token for token in ids if token is not None]
 
 
 # -------------------------------------------------------------------------------------- tokeniser
@@ -138,50 +150,51 @@ def merge(symbols, ranks):
 class BPE:
     """The tokeniser of one tokenizer.json. Attributes: path, size (largest id + 1).
 
-    Added tokens are of two kinds. Special ones (<|im_start|>, end of sentence, ...) belong to the
-    template, so typed by a user they stay text. Ordinary ones are text that never merges. Among
-    them are 13 letters of DeepSeek's ("ü", ...): the names of bytes that UTF-8 never uses, which
-    the reference library's decoder therefore prints as U+FFFD; here they are what they look like.
-    Raises BadInput for a file that is missing, damaged or of another kind.
+    Special added tokens (<|im_start|>, end of sentence, ...) belong to the template: if a user
+    types one, it stays text. Ordinary added tokens are text that never merges. 13 of DeepSeek's are
+    letters ("ü", ...), the names of bytes that UTF-8 never uses. quirk: the reference library
+    decodes these to U+FFFD; here they are the letters they look like.
+    Raises BadInput for a file that is missing, damaged, of another kind, or of more tokens than the
+    model has embeddings.
     """
 
-    def __init__(self, path):
-        self.path, self.letters = path, byte_letters()
-        content = read_json(Path(path))
-        try:
-            self.read(content)
-        except (KeyError, TypeError, ValueError, AttributeError, re.error) as e:
-            raise BadInput(f"{path}: not byte-level BPE as in DeepSeek-VL and Qwen2.5-VL "
-                           f"({str(e)[:80]}); use the tokenizer.json of this checkpoint") from None
+    def __init__(self, path, embeddings=math.inf):
+        self.path = path
+        with reading(path, "use the tokenizer.json of this checkpoint"):
+            self.read(read_json(Path(path)))
+            if self.size > embeddings:
+                raise ValueError(f"{self.size} tokens, but config.json has {embeddings} embeddings")
 
     def read(self, content):
-        """The content of tokenizer.json -> attributes; any of many errors if another kind."""
         model, added = content["model"], content["added_tokens"]
-        other = model.get("byte_fallback") or model.get("ignore_merges")
-        if other or model.get("type", "BPE") != "BPE":
-            raise ValueError(f"model {model.get('type')}")
-        normalizers = [part["type"] for part in flatten(content.get("normalizer"), "normalizers")]
-        if normalizers not in ([], ["NFC"]):
-            raise ValueError(f"normaliser {normalizers}")
-        *rules, last = flatten(content["pre_tokenizer"], "pretokenizers")
-        if last["type"] != "ByteLevel" or last["add_prefix_space"] or last.get("use_regex", True):
-            raise ValueError(f"pre-tokeniser {last['type']}")
-        self.form = "".join(normalizers)
+        expect(model, type=["BPE"], byte_fallback=[False], ignore_merges=[False], dropout=[0],
+               continuing_subword_prefix=[""], end_of_word_suffix=[""])
+        normalizer = content["normalizer"] or {"normalizers": []}
+        steps = normalizer.get("normalizers", [normalizer])
+        for step in steps:
+            expect(step, type=["NFC"])
+        *rules, last = content["pre_tokenizer"]["pretokenizers"]
+        expect(last, type=["ByteLevel"], add_prefix_space=[False], use_regex=[False])
+        self.compose = bool(steps)
         self.rules = [read_rule(rule) for rule in rules]
-        self.vocab = model["vocab"]
-        pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-        unknown = [pair for pair in pairs if len(pair) != 2 or "".join(pair) not in self.vocab]
-        if unknown:
-            raise ValueError(f"merge {unknown[0]} makes no token")
-        self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
-        self.special = {token["content"]: token["id"] for token in added if token["special"]}
-        self.ordinary = {token["content"]: token["id"] for token in added if not token["special"]}
-        added_ids = {*self.special.values(), *self.ordinary.values()}
-        self.texts = {i: token for token, i in self.vocab.items() if i not in added_ids}
-        foreign = set("".join(self.texts.values())) - set(self.letters)
-        if foreign:
-            raise ValueError(f"a token holds {min(foreign)!r}, which stands for no byte")
-        self.size = 1 + max(*self.texts, *added_ids)
+        self.vocab, self.merges = model["vocab"], {}
+        for rank, pair in enumerate(model["merges"]):
+            left, right = pair.split(" ") if isinstance(pair, str) else pair
+            pair = self.vocab[left], self.vocab[right]
+            self.merges[pair] = rank, self.vocab[left + right]
+        self.special, self.ordinary, self.bytes = {}, {}, {}
+        for token in added:
+            expect(token, lstrip=[False], rstrip=[False], single_word=[False])
+            kind = self.special if token["special"] else self.ordinary
+            kind[token["content"]] = token["id"]
+            self.bytes[token["id"]] = b"" if token["special"] else token["content"].encode()
+        letters = byte_letters()
+        self.byte_ids = [self.vocab.get(letter) for letter in letters]  # None: never in UTF-8
+        byte_of = {letter: byte for byte, letter in enumerate(letters)}
+        for token, i in self.vocab.items():
+            if i not in self.bytes:
+                self.bytes[i] = bytes(byte_of[letter] for letter in token)
+        self.size = 1 + max(self.bytes)
 
     def get_piece_size(self):
         """The size, as sentencepiece calls it."""
@@ -195,36 +208,26 @@ class BPE:
         raise BadInput(f"{self.path}: no token {content}; use this checkpoint's tokenizer.json")
 
     def encode(self, text, special=False):
-        """Text -> ids; special=True takes special tokens by content too, as in a template."""
+        """Text -> ids; special=True reads special tokens by name, as in a rendered template."""
         added = self.ordinary | (self.special if special else {})
-        if not added:
-            return self.encode_ordinary(text)
-        longest_first = sorted(added, key=len, reverse=True)
+        longest_first = sorted(map(re.escape, added), key=len, reverse=True)
+        pattern = re.compile("|".join(longest_first) or "(?!)")  # (?!) never matches
         ids = []
-        for piece in isolate(re.compile("|".join(map(re.escape, longest_first))), text):
+        for piece in isolate(pattern, text):
             ids += [added[piece]] if piece in added else self.encode_ordinary(piece)
         return ids
 
     def encode_ordinary(self, text):
         """Text without added tokens -> ids."""
-        pieces = [unicodedata.normalize(self.form, text) if self.form else text]
+        pieces = [unicodedata.normalize("NFC", text) if self.compose else text]
         for rule in self.rules:
             pieces = [part for piece in pieces for part in isolate(rule, piece)]
         ids = []
         for piece in pieces:
-            letters = [self.letters[byte] for byte in piece.encode("utf-8", "replace")]
-            known = [letter for letter in letters if letter in self.vocab]  # a byte may lack one
-            ids += [self.vocab[symbol] for symbol in merge(known, self.ranks)]
+            data = piece.encode("utf-8", "replace")
+            ids += merge([self.byte_ids[byte] for byte in data], self.merges)
         return ids
 
     def decode(self, ids):
-        """Ids -> text; special tokens and unknown ids leave nothing, bad UTF-8 becomes U+FFFD."""
-        content = {i: token.encode() for token, i in self.ordinary.items()}
-        byte_of = {letter: byte for byte, letter in enumerate(self.letters)}
-        text = b""
-        for i in ids:
-            if i in content:
-                text += content[i]
-            elif i in self.texts:
-                text += bytes(byte_of[letter] for letter in self.texts[i])
-        return text.decode("utf-8", "replace")
+        """Ids -> text. Special tokens and unknown ids leave nothing; bad UTF-8 becomes U+FFFD."""
+        return b"".join(self.bytes.get(i, b"") for i in ids).decode("utf-8", "replace")

@@ -1,34 +1,23 @@
-"""Qwen2.5-VL: against a reference library's outputs (made by golden/make_golden_qwen.py), by hand, and end to end.
+"""Qwen2.5-VL: stage by stage against a reference library (golden/make_golden_qwen.py), by hand, and end to end.
 
-The library knows nothing of a second look: its outputs for that are those of a prompt of two images.
+The library knows nothing of a second look. Its outputs for that are those of a prompt of two images.
 """
 import json
-import multiprocessing
-import os
-import socket
-import sys
-import time
-from pathlib import Path
+from dataclasses import asdict
 
 import pytest
 import torch
+from formula import picture
+from qwen_formula import CASES, CONFIGS, NEW_TOKENS, TINY, nested, prompt, shapes, write_checkpoint
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "golden")]
-
-from formula import picture  # noqa: E402
-from qwen_formula import (CASES, CONFIGS, NEW_TOKENS, TINY, nested, prompt, rpn_tensors, shapes,  # noqa: E402
-                          write_checkpoint)
-
-import infer  # noqa: E402
-import train  # noqa: E402
-from backbones.qwen2_5_vl import RECIPES, Qwen2_5VL, smart_resize, windows, windows_by_size  # noqa: E402
-from clip import MEAN, STD, BadInput  # noqa: E402
-from model import Crop, KVCache, load  # noqa: E402
-from sdrpn import (RPN, Region, answer, assign_labels, load_recipe, recipe_faults,  # noqa: E402
-                   recipe_for, teach)
+from backbones.qwen2_5_vl import Qwen2_5VL, windows_by_size
+from clip import MEAN, STD, BadInput
+from conftest import HERE
+from model import load, read_config, rename
+from sdrpn import (RPN, Crop, Recipe, Region, answer, load_recipe, make_labels, roi_loss, teach, teacher_question,
+                   training_view)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +37,9 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def case(request, checkpoint):
     """-> a case of the golden files, what they hold for it, its model, its picture."""
-    name = request.param
-    with safe_open(ROOT / "tests" / "golden" / f"{name}.safetensors", framework="pt") as f:
+    with safe_open(HERE / "golden" / f"{request.param}.safetensors", framework="pt") as f:
         want = {key: f.get_tensor(key) for key in f.keys()}
-    case = CASES[name]
+    case = CASES[request.param]
     m = checkpoint(case["config"], budget=case["budget"], rpn=case["rpn"])
     return case, want, m, picture(*case["picture"])
 
@@ -69,60 +57,56 @@ def regions_of(case, grid):
     return found
 
 
-def expanded(m, ids, N):
-    at = ids.index(m.config["image_token"])
-    return ids[:at] + [m.config["image_token"]] * N + ids[at + 1:]
+def close(ours, theirs, most=1e-4):
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() < most
 
 
 # ---- against the reference library
 
 @every_case
-def test_pixels_and_the_tower(case):
+def test_pixels_tower_and_projector(case):
     _, want, m, shot = case
-    pixels = m.pixels(shot)
+    pixels, grid = m.pixels(shot), m.grid_of(shot)
     levels = (pixels * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255
-    assert (levels - want["pixels"]).abs().max() < 1e-3
-    assert torch.cat(windows(m.grid_of(shot), 4)).tolist() == want["window"].tolist()
-    grid, blocks, seen = m.grid_of(shot), m.visual.blocks, {}
-    order, _ = windows_by_size(grid, 4)
-    hooks = [block.register_forward_hook(lambda b, a, x, n=n: seen.update({n: x})) for n, block in enumerate(blocks)]
+    close(levels, want["pixels"].float(), 1e-3)
+    back, seen = windows_by_size(grid, 4)[0].argsort(), []
+    hooks = [block.register_forward_hook(lambda block, given, x: seen.append(x)) for block in m.visual.blocks]
     with torch.no_grad():
         features = m.features(pixels[None])
-        tokens = m.project(features)
+        close(m.project(features)[0], want["projector"])
     for hook in hooks:
         hook.remove()
-    for n, x in seen.items():
-        raster = x.unflatten(1, (-1, 4))[0, order.argsort()].flatten(0, 1)
-        assert (raster[::5] - want[f"tower.{n}"]).abs().max() < 1e-4, f"block {n}"
-    assert (features[0] - want["features"]).abs().max() < 1e-4
-    assert (tokens[0] - want["projector"]).abs().max() < 1e-4
+    for n, x in enumerate(seen):
+        close(x.unflatten(1, (-1, 4))[0, back].flatten(0, 1)[::5], want[f"tower.{n}"])
+    close(features[0], want["features"])
 
 
 @every_case
-def test_ids_positions_and_logits(case):
+def test_ids_layers_and_logits(case):
+    """A prefix and a question behind it, layer by layer; the library runs them as one."""
     case, want, m, shot = case
-    ids = m.prompt_ids(case["question"], case["history"])
-    h, w = m.grid_of(shot)
-    assert expanded(m, ids, h * w) == want["ids"].tolist()
+    ids, image = m.prompt_ids(case["question"], case["history"]), m.config.image_token
     if "<|" not in case["question"]:
-        assert m.tokenize(prompt(case["question"], case["history"])) == ids
-    positions, rows = m.positions(ids, (h, w)), want["rows"].long()
-    assert positions.tolist() == want["positions"].tolist()
+        assert m.tokenizer.encode(prompt(case["question"], case["history"]), special=True) == ids
+    prefix = m.prefill(m.pixels(shot)[None], keep=range(m.depth + 1))
+    (h, w), tail = prefix.grid, m.tail(ids)
+    assert [*ids[:prefix.columns.start], *[image] * (h * w), *tail] == want["ids"].tolist()
+    hidden, rope, rows = m.embed(tail), m.text_rope(prefix.position, len(tail)), want["rows"].long()
     with torch.no_grad():
-        hidden, _ = m.embed_prompt(ids, m.encode(m.pixels(shot)[None]))
-        rope = m.rope(positions)
         for layer in range(m.depth):
-            hidden = m.run(hidden, layer, layer + 1, rope)
-            assert (hidden[0, rows] - want[f"layer.{layer}"]).abs().max() < 1e-4, f"layer {layer}"
-        logits = m.head(hidden)[0]
-    assert (logits[rows] - want["logits"]).abs().max() < 1e-4
-    assert (logits.logsumexp(-1) - want["logsumexp"]).abs().max() < 1e-4
+            hidden = m.run(hidden, layer, layer + 1, rope, prefix.cache, prefix.columns.stop)
+            whole = torch.cat([prefix.hidden[layer + 1], hidden], 1)[0]
+            close(whole[rows], want[f"layer.{layer}"])
+        logits = m.head(whole)
+    close(logits[rows], want["logits"])
+    close(logits.logsumexp(-1), want["logsumexp"])
     assert logits.argmax(-1).tolist() == want["argmax"].tolist()
 
 
 @every_case
 def test_greedy_tokens(case, monkeypatch):
-    """Twenty steps behind the prompt: at the text's position, which is not the cache's length."""
+    """Twenty steps behind the prompt, at the text's position, which is not the cache's length."""
     case, want, m, shot = case
     monkeypatch.setattr(m, "detokenize", list)
     assert m.generate(shot, case["question"], NEW_TOKENS, case["history"]) == want["tokens"].tolist()
@@ -131,41 +115,27 @@ def test_greedy_tokens(case, monkeypatch):
 @every_case
 def test_the_second_look_is_a_second_picture(case, monkeypatch):
     case, want, m, shot = case
-    seen = {}
-
-    def keep(embeds, start, crops):
-        seen["spliced"], seen["positions"] = Qwen2_5VL.splice(m, embeds, start, crops)
-        return seen["spliced"], seen["positions"]
-
     monkeypatch.setattr(m, "detokenize", list)
-    monkeypatch.setattr(m, "splice", keep)
     found = answer(m, None, shot, case["question"], max_new_tokens=NEW_TOKENS, history=case["history"],
                    regions=regions_of(case, m.grid_of(shot)))
-    assert found.boxes == [tuple(want["two.crop"].tolist())]
-    assert [keep.shape for keep in found.keeps] == [tuple(want["two.grid"].tolist())]
-    assert found.keeps[0].flatten().tolist() == want["two.keep"].tolist()
-    assert seen["positions"].tolist() == want["two.positions"][:, -seen["positions"].shape[1]:].tolist()
-    with torch.no_grad():  # everything once more and at once, for all logits behind the image
-        ids = m.prompt_ids(case["question"], case["history"])
-        embeds, columns = m.embed_prompt(ids, m.encode(m.pixels(shot)[None]))
-        embeds = torch.cat([embeds[:, :columns.stop], seen["spliced"]], 1)
-        hidden = m.run(embeds, 0, m.depth, m.rope(want["two.positions"].long()))
-        logits = m.head(hidden)[0, columns.stop:]
-    assert (logits[want["two.rows"].long()] - want["two.logits"]).abs().max() < 1e-4
+    (crop,), prefix = found.crops, found.prefix
+    assert crop.box == tuple(want["two.crop"].tolist()) and crop.keep.shape == tuple(want["two.grid"])
+    assert crop.keep.flatten().tolist() == want["two.keep"].tolist()
     assert found.text == want["two.tokens"].tolist()
+    tail = m.embed(m.tail(m.prompt_ids(case["question"], case["history"])))
+    spliced, rope, _ = m.splice(tail, prefix.position, found.crops)
+    with torch.no_grad():
+        hidden = m.run(spliced, 0, m.depth, rope, prefix.cache, prefix.columns.stop)
+    close(m.head(hidden)[0, want["two.rows"].long()], want["two.logits"])
 
 
 @every_case
 def test_the_released_rpn_scores_with_rotary_and_biases(case):
-    """One folder is the checkpoint and the RPN, as the authors released it."""
+    """One folder is the checkpoint and the RPN, as the authors' class saves it."""
     case, want, m, shot = case
     rpn = RPN.load(m.folder, m)
     assert (rpn.frozen, len(rpn.twig_layers)) == case["rpn"]
-    got = rpn(m, shot, case["question"], case["history"])
-    assert got.shape == m.grid_of(shot)
-    assert (got.flatten() - want["rpn"][-1]).abs().max() < 1e-4
-    own = rpn_tensors(TINY[case["config"]], case["rpn"][1])
-    assert {f"model.{name}" for name, _ in rpn.named_parameters()} < set(own)  # no twig_norm, no twig_head
+    close(rpn(m, shot, case["question"], case["history"]).flatten(), want["rpn"][-1])
 
 
 @every_case
@@ -174,425 +144,237 @@ def test_the_teacher_reads_the_librarys_attention(case):
     L, H = want["attention"].shape[:2]
     prompts, pixels = [m.prompt_ids(case["question"], case["history"])], m.pixels(shot)[None]
     for layer in range(L):
-        recipe = dict(frozen=1, attention={str(layer): [0, H - 1]}, softmax="sequence", sink=None)
+        recipe = Recipe({layer: [0, H - 1]}, frozen_layers=1, rpn_layers=1, train=None, softmax="sequence")
         lesson = teach(m, recipe, pixels, prompts, max_new_tokens=NEW_TOKENS)
-        assert (lesson.raw[0] - want["attention"][layer, [0, H - 1]].mean(0)).abs().max() < 1e-5
+        close(lesson.raw[0], want["attention"][layer, [0, H - 1]].mean(0), 1e-5)
 
 
-# ---- a checkpoint's forms
+# ---- what a folder says
 
-@pytest.mark.parametrize("spelling", ["hub", "memory"])
-@pytest.mark.parametrize("layout", ["flat", "nested"])
+@pytest.mark.parametrize("how", [dict(spelling="memory"), dict(layout="nested"), dict(budget_keys="size")])
 @pytest.mark.parametrize("name", TINY)
-def test_every_layout_and_spelling_is_the_same_model(checkpoint, spelling, layout, name):
-    ask = picture(70, 61, 5), prompt("What is this?")
-    one, other = checkpoint(name), checkpoint(name, spelling=spelling, layout=layout, budget_keys="size")
-    assert torch.equal(other.logits(*ask), one.logits(*ask))
-    assert other.config == one.config and other.budget == one.budget
+def test_every_layout_and_spelling_is_the_same_model(checkpoint, name, how):
+    one, other = checkpoint(name), checkpoint(name, **how)
+    assert other.config == one.config
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("name, parameters", [("qwen2.5-vl-3b", 3_754_622_976), ("qwen2.5-vl-7b", 8_292_166_656)])
-def test_true_sizes_and_recipes(tmp_path, name, parameters):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
-    config = Qwen2_5VL.read_config(tmp_path, nested(CONFIGS[name])) | {"model_type": "qwen2_5_vl"}
+NAMES = {  # of the weights; all but the norms and those marked no have a bias
+    "visual.patch_embed.proj no": (32, 3, 2, 14, 14), "visual.merger.ln_q no": (32,),
+    "visual.blocks.0.norm1 no": (32,), "visual.blocks.0.norm2 no": (32,),
+    "visual.blocks.0.attn.qkv": (96, 32), "visual.blocks.0.attn.proj": (32, 32),
+    "visual.blocks.0.mlp.gate_proj": (40, 32), "visual.blocks.0.mlp.up_proj": (40, 32),
+    "visual.blocks.0.mlp.down_proj": (32, 40), "visual.merger.mlp.0": (128, 128), "visual.merger.mlp.2": (64, 128),
+    "model.embed_tokens no": (423, 64), "model.norm no": (64,),
+    "model.layers.0.input_layernorm no": (64,), "model.layers.0.post_attention_layernorm no": (64,),
+    "model.layers.0.self_attn.q_proj": (64, 64), "model.layers.0.self_attn.k_proj": (32, 64),
+    "model.layers.0.self_attn.v_proj": (32, 64), "model.layers.0.self_attn.o_proj no": (64, 64),
+    "model.layers.0.mlp.gate_proj no": (90, 64), "model.layers.0.mlp.up_proj no": (90, 64),
+    "model.layers.0.mlp.down_proj no": (64, 90)}
+
+
+@pytest.mark.parametrize("size", ["3B", "7B"])
+def test_the_published_names_load(tmp_path, size):
+    """The 3B stores no head, the 7B its own."""
+    tensors = {"lm_head.weight": torch.rand(423, 64)} if size == "7B" else {}
+    for name, shape in NAMES.items():
+        name, _, without = name.partition(" ")
+        tensors[name + ".weight"] = torch.rand(shape)
+        if not without:
+            tensors[name + ".bias"] = torch.rand(shape[0])
+    config = TINY["own"] | dict(num_hidden_layers=1, tie_word_embeddings=size == "3B")
+    config["vision_config"] = config["vision_config"] | dict(
+        depth=1, hidden_size=32, intermediate_size=40, num_heads=2, fullatt_block_indexes=[0])
+    write_checkpoint(tmp_path, config)
+    save_file(tensors, tmp_path / "model.safetensors")
+    m = load(tmp_path)
+    head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
+    assert torch.equal(m.lm_head.weight, head) and m.grid_of(picture(56, 84, 1)) == (3, 2)
+
+
+@pytest.mark.parametrize("name, parameters, rpn_parameters", [
+    ("qwen2.5-vl-3b", 3_754_622_976, 158_876_928), ("qwen2.5-vl-7b", 8_292_166_656, 480_803_328)])
+def test_true_sizes_and_recipes(tmp_path, name, parameters, rpn_parameters):
+    """A file may leave out what the vision config assumes anyway, as transformers 4.49 does."""
+    whole = nested(CONFIGS[name])
+    vision = {key: whole["vision_config"][key] for key in ("hidden_size", "out_hidden_size", "model_type")}
+    configs = []
+    for given in (CONFIGS[name], whole, whole | {"vision_config": vision}):
+        (tmp_path / "config.json").write_text(json.dumps(given))
+        configs.append(read_config(tmp_path)[1])
+    config, recipe = configs[0], load_recipe(tmp_path)
+    assert len({json.dumps(asdict(config)) for config in configs}) == 1
     with torch.device("meta"):
         m = Qwen2_5VL(config)
-        recipe = RECIPES["qwen2_5_vl", m.depth, config["hidden_size"]]
-        rpn = RPN(config, recipe["frozen"], recipe["layers"])
-    mine = {key: tuple(p.shape) for key, p in m.named_parameters()}
-    if config["tied"]:
-        del mine["lm_head.weight"]
-    assert mine == {m.canonical(key): shape for key, shape in shapes(CONFIGS[name]).items()}
-    assert sum(torch.Size(shape).numel() for shape in mine.values()) == parameters
-    assert m.budget == (3136, 12845056) and config["eos_ids"] == [151645] and config["mrope_section"] == [16, 24, 24]
-    for kind in ("ocr_vqa", "gqa", None):
-        assert not recipe_faults(recipe_for(recipe, kind), m.depth, config["num_attention_heads"])
-    used = {"qwen2.5-vl-3b": 158_876_928, "qwen2.5-vl-7b": 480_803_328}
-    assert sum(p.numel() for p in rpn.parameters()) == used[name]
+        rpn = RPN(config, recipe.frozen_layers, recipe.rpn_layers)
+    found = {key: tuple(p.shape) for key, p in m.named_parameters()}
+    if config.tied:
+        del found["lm_head.weight"]
+    assert found == {rename(key, m.renames()): shape for key, shape in shapes(CONFIGS[name]).items()}
+    assert sum(torch.Size(shape).numel() for shape in found.values()) == parameters
+    assert sum(p.numel() for p in rpn.parameters()) == rpn_parameters
+    assert m.budget == (3136, 12845056) and config.eos_ids == [151645] and config.mrope_section == [16, 24, 24]
 
 
-def test_a_recipe_has_kinds():
-    recipe = RECIPES["qwen2_5_vl", 28, 3584]
-    text, scenes = recipe_for(recipe, "ocr_vqa"), recipe_for(recipe, "gqa")
-    assert text["attention"] == {"22": [1, 4], "23": [6, 11]} and text["sink"] is None and "request" not in text
-    assert scenes["attention"] == {"16": [1, 7, 17], "19": [17, 20]} and scenes["sink"]["threshold"] == 1e-2
-    assert "bounding box" in scenes["request"] and text["labels"] == scenes["labels"]
-    assert recipe_for(recipe, "textual") == text and recipe_for(recipe, "natural") == scenes
+def test_recipes_have_kinds_and_taus():
+    large, small = (Recipe(**recipe) for recipe in reversed(Qwen2_5VL.recipes.values()))
+    text, scenes = large.for_kind("textual"), large.for_kind("gqa")
+    assert text.attention == {22: [1, 4], 23: [6, 11]} and (text.sink, text.request) == (None, None)
+    assert scenes.attention == {16: [1, 7, 17], 19: [17, 20]} and scenes.sink.threshold == 1e-2
+    assert "bounding box" in scenes.request and text.labels == scenes.labels and large.tau == small.tau == 0.1
+    assert large.taus == {"textvqa": 0.075, "vstar": 0.075, "ocrbench": 0.05}
+    assert small.taus == {"textvqa": 0.15, "vstar": 0.175, "ocrbench": 0.03}
 
-
-# ---- by hand
-
-@pytest.mark.parametrize("size, grids", [  # (height, width) -> cells under three budgets
-    ((480, 640), [(17, 23), (21, 28), (28, 37)]),
-    ((336, 336), [(12, 12), (24, 24), (32, 32)]),
-    ((42, 70), [(2, 2), (19, 31), (25, 42)])])
-def test_budgets(size, grids):
-    budgets = (3136, 12845056), (451584, 451584), (802816, 3211264)
-    assert [tuple(side // 28 for side in smart_resize(*size, budget)) for budget in budgets] == grids
-
-
-def test_the_grid_follows_the_picture_and_the_budget(checkpoint):
-    m = checkpoint("own", budget=(12 * 784, 30 * 784))
-    assert m.grid_of(picture(200, 100, 1)) == (4, 7) and m.grid_of(picture(100, 200, 1)) == (7, 4)
-    m.budget = 48 * 784, 48 * 784
-    assert m.grid_of(picture(200, 100, 1)) == (5, 10) and m.token_grid(m.pixels(picture(100, 200, 1))) == (10, 5)
-    assert m.frame((200, 100)) == (200, 100)
-    m.budget = 12 * 784, 30 * 784
-    crop = m.pixels(picture(200, 100, 1), (150, 10, 151, 90))  # 1 x 80 pixels: thin, and still within reason
-    assert m.token_grid(crop)[1] == 1
-
-
-def test_a_token_sees_its_window_and_no_further(checkpoint):
-    """One changed pixel: in a windowed block only its window's tokens change; full attention spreads it."""
-    m = checkpoint("own")
-    pixels = torch.zeros(1, 3, 5 * 28, 6 * 28)
-    changed = pixels.clone()
-    changed[0, 0, 0, 5 * 28] = 1  # token 5: window 4 5 10 11 16 17 22 23
-    seen = []
-    with torch.no_grad():
-        for whole in (set(), {1}):
-            m.visual.whole, before = whole, m.visual.whole
-            difference = (m.features(changed) - m.features(pixels))[0].abs().amax(-1)  # (30,)
-            m.visual.whole = before
-            seen.append(difference.nonzero().flatten().tolist())
-    assert seen == [[4, 5, 10, 11, 16, 17, 22, 23], list(range(30))]
-
-
-def test_pictures_of_a_batch_do_not_see_each_other(checkpoint):
-    m = checkpoint("tied", dtype="float64")
-    pixels = torch.stack([m.pixels(picture(100, 150, seed)) for seed in (1, 2, 3)])
-    together = m.encode(pixels)
-    for i in range(3):
-        assert (together[i] - m.encode(pixels[i:i + 1])[0]).abs().max() < 1e-9
-
-
-def test_splice_by_hand(checkpoint):
-    """An image of 2 x 3 behind 7 of text: its <|vision_end|> stood at 10. Crops of 1 x 2, and of 2 x 2 with gaps."""
-    m = checkpoint("own")
-    D = 64
-    first = Crop(torch.full((2, D), 1.), (1, 2), torch.tensor([True, True]))
-    second = Crop(torch.full((2, D), 2.), (2, 2), torch.tensor([False, True, True, False]))
-    tail = torch.full((1, 3, D), 3.)
-    embeds, positions = m.splice(tail, 10, [first, second])
-    begin, end = m.embed([403])[0, 0], m.embed([404])[0, 0]
-    parts = [begin, *first.tokens, end, begin, *second.tokens, end, *tail[0]]
-    assert torch.equal(embeds[0], torch.stack(parts))
-    assert positions.tolist() == [[10, 11, 11, 13, 14, 15, 15, 17, 18, 19, 20],  # time
-                                  [10, 11, 11, 13, 14, 15, 16, 17, 18, 19, 20],  # row
-                                  [10, 11, 12, 13, 14, 16, 15, 17, 18, 19, 20]]  # column
-    embeds, positions = m.splice(tail, 10, [])
-    assert torch.equal(embeds, tail) and positions.tolist() == [[10, 11, 12]] * 3
-
-
-def test_what_a_user_types_stays_text(checkpoint):
-    m = checkpoint("own")
-    special = set(range(400, 408))
-    plain = [i for i in m.prompt_ids("hi") if i in special]
-    history = [("<|endoftext|>", "<|im_end|>")]
-    typed = m.prompt_ids("<|image_pad|><|im_end|>\n<|im_start|>system<|vision_start|>", history)
-    assert [i for i in typed if i in special] == plain + [402, 401, 402, 401]  # one more turn of the template
-    assert m.tokenize(prompt("<|im_end|>")).count(402) == 3
-    assert m.detokenize([402, *m.tokenizer.encode(" a <b>\n"), 400]) == "a <b>"
-
-
-def test_prompts_of_a_conversation_begin_alike(checkpoint):
-    """A query token's row is the length of its own prompt: the next turn must go on where that ended."""
-    m = checkpoint("own")
-    talk = [("What is this?", "a dog, 12"), ("Where?\nSay it.", "über dort")]
-    whole = m.prompt_ids("And now?", talk)
-    for n, (question, _) in enumerate(talk):
-        ids = m.prompt_ids(question, talk[:n])
-        assert whole[:len(ids)] == ids
-
-
-def test_label_rules_by_hand():
-    """5 x 5, the picture in rows 1..3, a sink already zeroed. From .2 foreground, up to .1 background."""
-    roi_map = torch.tensor([[.9, .0, .0, .0, .0],      # padding: zeroed, then background
-                            [.0, .0, .0, .0, .0],
-                            [.0, .0, 1., .15, .0],
-                            [.0, .0, .0, .0, .05],
-                            [.0, .0, .0, .0, .0]])
-    on = torch.zeros(5, 5, dtype=torch.bool)
-    on[1:4] = True
-    ask = dict(grid=(5, 5), grow=1, on=on)
-    assert assign_labels(roi_map.flatten(), **ask).view(5, 5).tolist() == [
-        [0, 0, 0, 0, 0],
-        [0, -1, -1, -1, 0],
-        [0, -1, 1, -1, 0],  # the box grew by a cell each way: .15 is in it
-        [0, -1, -1, -1, 0],
-        [0, 0, 0, 0, 0]]
-    assert assign_labels(4e-3 * roi_map.flatten(), min_peak=5e-3, **ask).unique().tolist() == [-1]
-    assert assign_labels(6e-3 * roi_map.flatten(), min_peak=5e-3, **ask).unique().tolist() == [-1, 0, 1]
-    corners = torch.zeros(5, 5)
-    corners[1, 0] = corners[2, 2] = 1.  # box 3 x 2, grown 4 x 4 but for the edge: rows 0..3, columns 0..3 = 16 of 25
-    assert assign_labels(corners.flatten(), **ask).unique().tolist() == [-1]
-    assert 1 in assign_labels(corners.flatten(), grid=(5, 5), on=on)
-
-
-# ---- stage 2
-
-@pytest.mark.parametrize("mode, boxes", [("mask", 2), ("box", 2), ("mask", 0)])
-def test_stage_2_goes_on_from_stage_1(checkpoint, monkeypatch, mode, boxes):
-    """Equal to a stage 2 that runs every token through every layer again, in float64; the picture is not square."""
-    case = CASES["qwen_wide"]
-    m = checkpoint("tied", dtype="float64", budget=case["budget"], rpn=case["rpn"])
-    shot, last, shifts = picture(*case["picture"]), {}, {}
-
-    def decode(hidden, cache, position, most):
-        last["reused"], shifts["position"] = hidden, position + cache.shift
-        return Qwen2_5VL.decode(m, hidden, cache, position, most)
-
-    def splice(tail, start, crops):
-        last["spliced"] = Qwen2_5VL.splice(m, tail, start, crops)
-        return last["spliced"]
-
-    monkeypatch.setattr(m, "decode", decode)
-    monkeypatch.setattr(m, "splice", splice)
-    regions = regions_of(case, m.grid_of(shot))[:boxes]
-    found = answer(m, RPN.load(m.folder, m), shot, case["question"], mode, max_new_tokens=4, regions=regions)
-    ids = m.prompt_ids(case["question"])
-    with torch.no_grad():
-        embeds, columns = m.embed_prompt(ids, m.encode(m.pixels(shot)[None]))
-        positions = m.positions(ids, m.grid_of(shot))
-        if boxes:
-            new, places = last["spliced"]
-            embeds = torch.cat([embeds[:, :columns.stop], new], 1)
-            positions = torch.cat([positions[:, :columns.stop], places], 1)
-        hidden = m.run(embeds, 0, m.depth, m.rope(positions))[:, -1]
-    assert (hidden - last["reused"]).abs().max() < 1e-9
-    assert shifts["position"] == positions.max() + 1
-    assert len(found.boxes) == {"mask": min(boxes, 1), "box": boxes}[mode]
-
-
-def test_the_next_position_is_not_the_caches_length(checkpoint):
-    m = checkpoint("own")
-    shot = picture(168, 56, 1)  # 2 x 6 tokens
-    assert m.grid_of(shot) == (2, 6)
-    seen = {}
-    m.decode = lambda hidden, cache, position, most: seen.update(shift=cache.shift) or [[]]
-    m.generate(shot, "hi", 4)
-    del m.decode
-    assert seen["shift"] == 6 - 12
-    assert KVCache(m, 1, 8).shift == 0
-
-
-# ---- end to end
-
-SIZES = (200, 100), (100, 200), (150, 150), (300, 120), (90, 200), (180, 170)
-RECIPE = dict(
-    attention={"1": [2]}, softmax="sequence", sink=None, frozen=2, layers=2, tau=0.3, budget=[40 * 784, 70 * 784],
-    labels=dict(grow=0, min_peak=1e-4, padding="background"),
-    kinds={"ocr_vqa": {"square": True},
-           "gqa": dict(attention={"1": [0]}, request="Give the box.",
-                       sink=dict(kind="attention", attention={"0": None}, threshold=0.5))},
-    train=dict(lr=1e-2, warmup=0.1, betas=[0.9, 0.999], epochs=2, batch_size=4, grad_accum=1, clip=1.0))
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A tiny Qwen with a recipe of two kinds; pictures of six shapes, two questions each, and a conversation."""
-    folder = tmp_path_factory.mktemp("world")
-    write_checkpoint(folder / "tiny-qwen", TINY["tied"], budget=(20 * 784, 60 * 784))
-    (folder / "tiny-qwen" / "recipe.json").write_text(json.dumps(RECIPE))
-    rows = []
-    for n, size in enumerate(SIZES):
-        picture(*size, n).save(folder / f"{n}.png")
-        ask = f"What is number {n}?\nAnswer the question using a single word or phrase."
-        rows += [dict(image=f"{n}.png", question=ask, kind=kind) for kind in ("gqa", "ocr_vqa")]
-    rows.append(dict(image="1.png", question=["Is it red?", "And the cat?"], kind="ocr_vqa"))
-    rows = [row | dict(id=f"q{n}", answers=["a"]) for n, row in enumerate(rows)]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def training(world, out, *more):
-    return [str(word) for word in (
-        "--ckpt", world / "tiny-qwen", "--data", world / "questions.jsonl", "--out", out, "--device", "cpu",
-        "--dtype", "float64", "--max-new-tokens", 3, "--save-every", 0, *more)]
-
-
-def worker(rank, port, folder, argv):
-    os.environ |= dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
-    sys.stderr = open(folder / "said", "a", buffering=1)
-    train.ROOT = folder  # where out/last goes
-    torch.set_num_threads(1)
-    train.main(argv)
-
-
-def both(world, folder):
-    """train.py in two processes, with the variables that torchrun sets."""
-    with socket.create_server(("localhost", 0)) as free:
-        port = str(free.getsockname()[1])
-    fork = multiprocessing.get_context("fork")
-    running = [fork.Process(target=worker, args=(rank, port, folder, training(world, folder / "two"))) for rank in "01"]
-    for process in running:
-        process.start()
-    return running
-
-
-def test_the_teacher_may_be_asked_alike_where_the_student_is_not(world, tmp_path, monkeypatch):
-    """A request replaces the line "Answer ...": samples may share the teacher's prompt and not the student's. A strip
-    that is padded for the teacher is left out of report.png, since the student's own view of it is refused."""
-    monkeypatch.setattr(train, "ROOT", tmp_path)
-    picture(4200, 20, 1).save(world / "strip.png")
-    rows = [dict(image="strip.png", question="Why?", kind="ocr_vqa"),
-            dict(image="1.png", question="What is it?\nAnswer briefly.", kind="gqa"),
-            dict(image="1.png", question="What is it?", kind="gqa")]
-    (world / "alike.jsonl").write_text("".join(json.dumps(row | {"answers": ["a"]}) + "\n" for row in rows))
-    train.main(training(world, tmp_path / "run", "--data", world / "alike.jsonl"))
-    assert (tmp_path / "run/report.png").is_file() and not (tmp_path / "run/skipped.jsonl").exists()
-    assert (tmp_path / "out/last").read_text() == f"{tmp_path / 'run'}\n"
-
-
-def test_two_processes_stopped_and_resumed_train_one_rpn(world, tmp_path, monkeypatch, capsys):
-    """Killed in the middle and run again, two processes learn what one learns; then infer.py answers with it."""
-    monkeypatch.setattr(train, "ROOT", tmp_path)
-    train.main(training(world, tmp_path / "one"))
-    log = tmp_path / "two" / "log.jsonl"
-    running = both(world, tmp_path)
-    while not log.exists() or log.read_text().count("\n") < 3:
-        assert all(process.is_alive() for process in running), (tmp_path / "said").read_text()
-        time.sleep(0.005)
-    for process in running:
-        process.kill()
-        process.join()
-    assert not (tmp_path / "two" / "rpn.safetensors").exists()
-    running = both(world, tmp_path)
-    for process in running:
-        process.join(300)
-    said = (tmp_path / "said").read_text()
-    assert [process.exitcode for process in running] == [0, 0] and "going on at step" in said, said
-    one, two = (load_file(tmp_path / name / "rpn.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys() and "model.twig_norm.weight" not in one
-    assert "model.twig_layers.1.self_attn.q_proj.bias" in one
-    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-9
-    losses = [json.loads(line) for line in log.read_text().splitlines()]
-    assert len(losses) == 8 and sum(row["tokens"] for row in losses) > 100 and losses[-1]["loss"] < losses[0]["loss"]
-
-    m = load(world / "tiny-qwen", dtype="float64")
-    rpn = RPN.load(tmp_path / "two", m)
-    for n, size in enumerate(SIZES):
-        shot = picture(*size, n)
-        found = answer(m, rpn, shot, "Where is it?", tau=0.15, max_new_tokens=3)
-        assert found.logits.shape == m.grid_of(shot)
-        assert all(0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1] for x0, y0, x1, y1 in found.boxes)
-
-    capsys.readouterr()
-    for n, budget in (0, None), (3, (20 * 784, 60 * 784)):
-        flags = ["--ckpt", world / "tiny-qwen", "--rpn", tmp_path / "two", "--dtype", "float64", "--tau", 0.15,
-                 "--json", "--max-new-tokens", 3, "--save", tmp_path / f"{n}.png"]
-        flags += ["--budget", *budget] if budget else []
-        infer.main([str(word) for word in (world / f"{n}.png", "Where is it?", *flags)])
-        told = json.loads(capsys.readouterr().out)
-        m.budget = budget or load_recipe(m.folder)["budget"]  # an RPN belongs to its recipe's budget
-        found = answer(m, rpn, picture(*SIZES[n], n), "Where is it?", tau=0.15, max_new_tokens=3)
-        assert found.boxes  # both look again
-        assert told["answer"] == found.text and told["boxes"] == [list(box) for box in found.boxes]
-        assert (tmp_path / f"{n}.png").stat().st_size > 1000
-
-
-# ---- bad input: one line that names the file and the remedy
 
 def spoil(folder, file, changes):
-    """Change entries of a JSON file, nested ones as "a/b"; None takes one out."""
+    """Change entries of a JSON file, and of the objects in it."""
     content = json.loads((folder / file).read_text())
-    for path, value in changes.items():
-        *parents, key = path.split("/")
-        place = content
-        for parent in parents:
-            place = place[parent]
-        place[key] = value
-        if value is None:
-            del place[key]
+    for key, value in changes.items():
+        content[key] = content.get(key, {}) | value if isinstance(value, dict) else value
     (folder / file).write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("file, changes, says", [
-    ("config.json", {"rope_theta": None}, "rope_theta = None"),
-    ("config.json", {"rope_scaling": None}, "not what a qwen2_5_vl model has"),
-    ("config.json", {"rope_scaling/type": "yarn"}, "rotary scaling yarn"),
-    ("config.json", {"rope_scaling/mrope_section": [2, 3, 4]}, "mrope_section"),
-    ("config.json", {"rope_scaling/mrope_section": "2 3 3"}, "mrope_section"),
-    ("config.json", {"use_sliding_window": True}, "use_sliding_window"),
-    ("config.json", {"num_key_value_heads": 3}, "num_key_value_heads"),
-    ("config.json", {"hidden_act": "gelu"}, "hidden_act"),
-    ("config.json", {"vocab_size": 409}, "410 tokens"),
-    ("config.json", {"image_token_id": 405}, "image_token_id 405"),
-    ("config.json", {"image_token_id": None}, "image_token_id None"),
-    ("config.json", {"vision_config": []}, "not what a qwen2_5_vl model has"),
-    ("config.json", {"vision_config/depth": None}, "depth = None"),
-    ("config.json", {"vision_config/depth": 100000}, "depth"),
-    ("config.json", {"vision_config/num_heads": 5}, "head size"),
-    ("config.json", {"vision_config/spatial_merge_size": 3}, "spatial_merge_size"),
-    ("config.json", {"vision_config/fullatt_block_indexes": None}, "fullatt_block_indexes"),
-    ("config.json", {"vision_config/window_size": 14}, "window_size"),
-    ("config.json", {"vision_config/out_hidden_size": 72}, "out_hidden_size"),
-    ("config.json", {"hidden_size": 72}, "mrope_section"),
-    ("config.json", {"intermediate_size": 91}, "not of one model"),
-    ("config.json", {"tie_word_embeddings": True, "num_hidden_layers": 6}, "missing"),
-    ("generation_config.json", {"eos_token_id": "402"}, "eos_token_id"),
-    ("generation_config.json", {"eos_token_id": []}, "eos_token_id"),
-    ("preprocessor_config.json", {"min_pixels": 5000, "max_pixels": 3136}, "smaller one first"),
-    ("preprocessor_config.json", {"max_pixels": None}, "max_pixels None"),
-    ("tokenizer.json", {"added_tokens": []}, "<|im_start|>"),
-    ("tokenizer.json", {"model/type": "Unigram"}, "tokenizer.json"),
-])
-def test_a_spoiled_checkpoint_is_one_line(tmp_path, file, changes, says):
-    folder = write_checkpoint(tmp_path / "tiny", TINY["own"])
-    spoil(folder, file, changes)
-    with pytest.raises(BadInput) as e:
-        load(folder)
-    line = str(e.value)
-    assert says in line and str(folder) in line and "\n" not in line and len(line) < 400
+    ("config.json", {"rope_scaling": {"type": "yarn"}}, "type = yarn"),
+    ("config.json", {"use_sliding_window": True}, "use_sliding_window = True"),
+    ("config.json", {"vocab_size": 409}, "409 embeddings"),
+    ("config.json", {"vision_config": {"hidden_act": "quick_gelu"}}, "hidden_act = quick_gelu"),
+    ("config.json", {"vision_config": {"spatial_merge_size": 3}}, "spatial_merge_size = 3"),
+    ("config.json", {"vision_config": {"rope_parameters": {"rope_theta": 500}}}, "rope_theta = 500"),
+    ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}, "image_mean"),
+    ("preprocessor_config.json", {"resample": 2}, "resample = 2"),
+    ("preprocessor_config.json", {"min_pixels": 5000, "max_pixels": 3136}, "5000 is above max_pixels 3136")])
+def test_what_is_not_done_is_refused_by_name(tmp_path, file, changes, says):
+    spoil(write_checkpoint(tmp_path, TINY["own"]), file, changes)
+    with pytest.raises(BadInput, match=says) as e:
+        load(tmp_path)
+    assert str(tmp_path) in str(e.value)
 
 
-def test_a_checkpoint_without_a_tokenizer(tmp_path):
-    folder = write_checkpoint(tmp_path / "tiny", TINY["own"])
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(BadInput, match="tokenizer.json: missing"):
-        load(folder)
+@pytest.mark.parametrize("preprocessor, processor, budget", [
+    ({"min_pixels": None, "size": {"shortest_edge": 784, "longest_edge": 1568}}, {}, (784, 1568)),
+    ({"max_pixels": 5000}, {}, (3136, 5000)),
+    ({"max_pixels": 5000}, {"image_processor": {"min_pixels": 784}}, (784, 1003520)),
+    ({"max_pixels": 5000}, {"processor_class": "Qwen2_5_VLProcessor"}, (3136, 5000)),
+    ({}, {}, (3136, 12845056))])
+def test_budgets_are_read_as_the_reference_library_reads_them(tmp_path, preprocessor, processor, budget):
+    write_checkpoint(tmp_path, TINY["own"])
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    (tmp_path / "processor_config.json").write_text(json.dumps(processor))
+    assert read_config(tmp_path)[1].budget == budget
 
 
-def test_a_budget_in_a_newer_file_or_in_none(tmp_path):
-    folder = write_checkpoint(tmp_path / "tiny", TINY["own"])
-    (folder / "preprocessor_config.json").unlink()
-    assert load(folder).budget == (3136, 12845056)
-    (folder / "processor_config.json").write_text(json.dumps(
-        {"image_processor": {"size": {"shortest_edge": 784, "longest_edge": 1568}}}))
-    assert load(folder).budget == (784, 1568)
+def test_a_head_that_is_stored_is_used_and_eos_is_read(tmp_path):
+    folder = write_checkpoint(tmp_path, TINY["own"])
+    own = load(folder).lm_head.weight
+    spoil(folder, "config.json", {"tie_word_embeddings": True, "eos_token_id": 7})
+    assert torch.equal(load(folder).lm_head.weight, own) and load(folder).config.eos_ids == [402, 400]
+    (folder / "generation_config.json").unlink()
+    assert load(folder).config.eos_ids == [7]
 
 
-def test_a_budget_is_no_part_of_the_model(tmp_path):
-    """An RPN that was trained under another budget still fits."""
-    one, other = (load(write_checkpoint(tmp_path / str(n), TINY["own"], budget=(n, 2 * n))) for n in (784, 1568))
-    assert one.budget != other.budget and one.fingerprint == other.fingerprint
+def test_a_strange_chat_template_is_said_once(tmp_path, capsys):
+    folder = write_checkpoint(tmp_path, TINY["own"])
+    (folder / "chat_template.jinja").write_text("<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>")
+    load(folder)
+    assert "chat template" not in capsys.readouterr().err
+    (folder / "chat_template.jinja").write_text("[INST] {{ question }} [/INST]")
+    load(folder), load(folder)
+    assert capsys.readouterr().err.count("chat template") == 1
 
 
-def test_strips_are_refused_and_crops_of_them_are_not(checkpoint):
+# ---- by hand
+
+def test_the_grid_follows_the_picture_and_the_budget(checkpoint):
+    m = checkpoint("own", budget=(12 * 784, 30 * 784))
+    assert m.grid_of(picture(200, 100, 1)) == (4, 7) and m.token_grid(m.pixels(picture(100, 200, 1))) == (7, 4)
+    m.budget = 48 * 784, 48 * 784
+    assert m.grid_of(picture(200, 100, 1)) == (5, 10) and m.frame((200, 100)) == (200, 100)
+    with pytest.raises(BadInput, match="2010 x 10 pixels"):
+        m.pixels(picture(2010, 10, 1))
+    assert m.token_grid(m.pixels(picture(2010, 10, 1), (0, 0, 300, 1)))[0] == 1  # a crop may be a strip
+
+
+def test_pictures_of_a_batch_do_not_see_each_other(checkpoint):
+    m = checkpoint("tied", dtype="float64")
+    pixels = torch.stack([m.pixels(picture(100, 150, seed)) for seed in (1, 2)])
+    with torch.no_grad():
+        close(m.features(pixels)[1], m.features(pixels[1:])[0], 1e-9)
+
+
+def test_splice_by_hand(checkpoint):
+    """Behind 7 of text and an image of 2 x 3, at 10. Crops of 1 x 2 tokens, and of 2 x 2 of which two are dropped."""
     m = checkpoint("own")
-    strip = picture(2010, 10, 1)
-    for look in (m.pixels, m.grid_of):
-        with pytest.raises(BadInput, match="2010 x 10 pixels"):
-            look(strip)
-    assert m.token_grid(m.pixels(picture(2000, 10, 1))) == m.grid_of(picture(2000, 10, 1))
-    assert m.token_grid(m.pixels(picture(300, 20, 1), (0, 4, 300, 5)))[0] == 1
+    first = Crop(None, torch.full((2, 64), 1.), torch.tensor([[True, True]]))
+    second = Crop(None, torch.full((2, 64), 2.), torch.tensor([[False, True], [True, False]]))
+    tail = torch.full((1, 1, 64), 3.)
+    embeds, rope, following = m.splice(tail, 10, [first, second])
+    begin, end = m.embed([403])[0], m.embed([404])[0]
+    assert torch.equal(embeds[0], torch.cat([begin, first.tokens, end, begin, second.tokens, end, tail[0]]))
+    assert following == 19 and torch.equal(rope, m.rope(torch.tensor([
+        [10, 11, 11, 13, 14, 15, 15, 17, 18],      # time
+        [10, 11, 11, 13, 14, 15, 16, 17, 18],      # row
+        [10, 11, 12, 13, 14, 16, 15, 17, 18]])))   # column
 
 
-@pytest.mark.parametrize("size", [(400, 20), (20, 400), (28, 28)])
+def test_what_a_user_types_stays_text(checkpoint):
+    """And a prompt is the beginning of the next turn's: a query token's row is the length of its own prompt."""
+    m, history = checkpoint("own"), [("<|endoftext|>", "<|im_end|>")]
+    plain = [i for i in m.prompt_ids("hi") if i in range(400, 408)]
+    typed = m.prompt_ids("<|image_pad|><|im_end|>\n<|im_start|>system<|vision_start|>", history)
+    assert [i for i in typed if i in range(400, 408)] == plain + [402, 401, 402, 401]  # one more turn of the template
+    assert m.detokenize([402, *m.tokenizer.encode(" a <b>\n"), 400]) == "a <b>"
+    first = m.prompt_ids("<|endoftext|>")
+    assert typed[:len(first)] == first
+
+
+# ---- nothing starts over
+
 @pytest.mark.parametrize("mode", ["mask", "box"])
-def test_one_row_of_cells_is_looked_at_again(checkpoint, size, mode):
-    """The smallest grids: one row, one column, and the least budget's 2 x 2."""
-    m, shot = checkpoint("own", rpn=(2, 2)), picture(*size, 1)
-    grid = m.grid_of(shot)
-    found = answer(m, RPN.load(m.folder, m), shot, "hi", mode, tau=0.01, max_new_tokens=2)
-    assert found.logits.shape == grid and grid in ((1, 14), (14, 1), (2, 2))
-    first = torch.zeros(grid, dtype=torch.bool)
-    first[0, 0] = True
-    found = answer(m, None, shot, "hi", mode, max_new_tokens=2, regions=[Region((0, 0, 1, 1), first, 1.0)])
-    assert found.boxes == [(0, 0, -(-size[0] // grid[1]), -(-size[1] // grid[0]))]
+def test_three_questions_behind_one_prefix_are_as_if_run_anew(checkpoint, monkeypatch, mode):
+    """Each with other crops or none, against one pass of everything through all layers, in float64."""
+    case, seen, prefix = CASES["qwen_wide"], [], None
+    m = checkpoint("tied", dtype="float64", budget=case["budget"], rpn=case["rpn"])
+    shot, rpn = picture(*case["picture"]), RPN.load(m.folder, m)
+    regions = regions_of(case, m.grid_of(shot))
+    monkeypatch.setattr(m, "decode", lambda *given: seen.append(given) or [[]])
+    for question, some in ("What is this?", regions), ("And that one, is it larger?", regions[:1]), ("Who?", []):
+        found = answer(m, rpn, shot, question, mode, regions=some, prefix=prefix)
+        fresh, tail = m.prefill(m.pixels(shot)[None], keep=[0]), m.embed(m.tail(m.prompt_ids(question)))
+        tail, rope, following = m.splice(tail, fresh.position, found.crops)
+        embeds, rope = torch.cat([fresh.hidden[0], tail], 1), torch.cat([fresh.rope, rope], 1)
+        hidden, _, column, position, _ = seen.pop()
+        with torch.no_grad():
+            close(hidden, m.run(embeds, 0, m.depth, rope)[:, -1], 1e-9)
+        assert (column, position) == (embeds.shape[1], following)
+        assert prefix is None or found.prefix is prefix
+        prefix = found.prefix
 
 
-def test_the_rpn_of_another_model_is_one_line(checkpoint):
-    m, other = checkpoint("own", rpn=(2, 2)), checkpoint("tied", rpn=(1, 3))
-    with pytest.raises(BadInput, match="of another model"):
-        RPN.load(other.folder, m)
+# ---- end to end
+
+def test_from_the_teacher_to_an_answer(tmp_path):
+    """Teacher and student see a padded square, the teacher is asked for a box; the answer sees the picture's shape."""
+    folder = write_checkpoint(tmp_path, TINY["tied"], budget=(20 * 784, 60 * 784))
+    m, shot = load(folder), picture(200, 100, 1)
+    recipe = Recipe({1: [0]}, 2, 2, None, "sequence", square=True, request="Give the box.",
+                    sink=dict(kind="attention", attention={0: None}, threshold=0.5), labels=dict(padding="background"))
+    pixels, letterbox = training_view(m, recipe, shot)
+    asked = m.prompt_ids(teacher_question(recipe, "What is it?\nAnswer briefly."))
+    lesson = teach(m, recipe, pixels[None], [asked], max_new_tokens=4)
+    labels = make_labels(lesson.clean, recipe, letterbox.holds_picture())
+    rpn, losses = RPN.from_layers(m, 2, 2), []
+    optimiser = torch.optim.AdamW(rpn.parameters(), lr=1e-2)
+    for _ in range(8):
+        scores = rpn.score(lesson.hidden, lesson.columns, [-1], lesson.rope)  # (1, H, 1, N)
+        losses.append(roi_loss(scores.mean(1)[0], labels))
+        optimiser.zero_grad()
+        losses[-1].backward()
+        optimiser.step()
+    assert losses[-1] < 0.5 * losses[0]
+    rpn.save(tmp_path / "rpn.safetensors", dict(frozen=2, layers=2, fingerprint=m.fingerprint))
+    stored = load_file(tmp_path / "rpn.safetensors")
+    assert "model.twig_norm.weight" not in stored and "model.twig_layers.1.self_attn.q_proj.bias" in stored
+    found = answer(m, RPN.load(folder, m), shot, "What is it?", tau=0.1, max_new_tokens=4)
+    assert found.logits.shape == m.grid_of(shot) != letterbox.grid

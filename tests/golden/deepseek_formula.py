@@ -91,10 +91,11 @@ CASES = {
 
 def towers(config):
     """-> {prefix of the tensors' names: sizes}, SigLIP first; what config.json leaves out is filled in."""
-    params, prefix = config["vision_config"]["params"], "vision_model."
-    found = {"": params} if "model_name" in params else {"_low": params["low_res_cfg"], "_high": params["high_res_cfg"]}
-    return {f"{prefix}vision_tower{end}.vision_tower.": TOWER_DEFAULTS[tower["model_name"]] | tower
-            for end, tower in found.items()}
+    params = config["vision_config"]["params"]
+    found = {"vision_tower.": params}
+    if "low_res_cfg" in params:
+        found = {f"vision_tower_{end}.vision_tower.": params[f"{end}_res_cfg"] for end in ("low", "high")}
+    return {f"vision_model.{prefix}": TOWER_DEFAULTS[tower["model_name"]] | tower for prefix, tower in found.items()}
 
 
 def shapes(config):

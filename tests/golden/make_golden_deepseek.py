@@ -30,7 +30,7 @@ from backbones.deepseek_vl import resize_and_pad, to_unit  # noqa: E402
 SPELLING = [                                                # ours (deepseek-ai's) -> the port's, in this order
     (r"vision_model\.(high|low)_layer_norm\..*|.*attn_pool.*", ""),
     (r"vision_model\.vision_tower_high\.vision_tower\.", "sam."),
-    (r"vision_model\.vision_tower(_low)?\.vision_tower\.", "siglip."),
+    (r"vision_model\.vision_tower(_low\.vision_tower)?\.", "siglip."),
     (r"siglip\.pos_embed", "model.vision_model.embeddings.position_embedding.weight"),
     (r"siglip\.patch_embed\.proj", "model.vision_model.embeddings.patch_embedding"),
     (r"siglip\.norm\.", "model.vision_model.post_layernorm."),

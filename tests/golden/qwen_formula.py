@@ -152,7 +152,7 @@ def tensors(config):
 
 def rpn_tensors(config, layers):
     """As released: whole blocks, and a norm and a head that nothing reads."""
-    names = {"model.twig_norm.weight": (config["hidden_size"],), "model.twig_head.weight": (1, config["hidden_size"])}
+    names = {"model.twig_norm.weight": (config["hidden_size"],), "twig_head.weight": (1, config["hidden_size"])}
     for n in range(layers):
         names |= _block(f"model.twig_layers.{n}.", config)
     return {name: weight(name, shape) for name, shape in names.items()}
