@@ -1,3 +1,5 @@
+
+
 # %% [markdown]
 # One question through every equation of SD-RPN (arXiv 2509.16944), on the toy model. Run it whole
 # (`python tests/paper/walk.py`, under a minute), or cell by cell in an editor that knows `# %%`.
@@ -6,6 +8,7 @@
 
 # %% Setup. A frozen model, its recipe, a picture and a question.
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,8 +27,8 @@ torch.set_num_threads(1)  # the toy is so small that a second thread would only 
 OUT = ROOT / "out" / "walk"
 OUT.mkdir(parents=True, exist_ok=True)
 m, recipe = load(ROOT / "data/toy/llava-toy", "cpu"), load_recipe(ROOT / "data/toy/llava-toy")
-picture = load_image(ROOT / "data/toy/samples/images/00007.png")
-question = "What colour is the dot on the triangle?"
+picture = load_image(ROOT / "data/toy/samples/images/00001.png")
+question = "What word is on the diamond?"
 letterbox = Letterbox.of(m, picture)
 grid = letterbox.grid
 
@@ -37,7 +40,7 @@ def save_map(name, values):
 
 
 print(picture.size, "pixels,", m.depth, "layers, a grid of", grid)
-# prints: (548, 672) pixels, 8 layers, a grid of (12, 12)
+# prints: (672, 672) pixels, 8 layers, a grid of (12, 12)
 
 # %% Sec. 3.1, the sequence. The picture stands between the system prompt and the question. A
 # decoder is causal, so the first two do not depend on the question: they are run once.
@@ -45,17 +48,24 @@ ids = m.prompt_ids(question)
 prefix = m.prefill(m.pixels(picture)[None], keep=prefix_layers(recipe))
 print(len(ids), "ids;", "the image's columns:", prefix.columns.start, "to", prefix.columns.stop)
 print("then", repr(m.detokenize(m.tail(ids))))
+# prints: 46 ids; the image's columns: 33 to 177
+# prints: then 'What word is on the diamond? ASSISTANT:'
 
-# %% The plain answer. At this size the dot is a pixel or two wide, and the model guesses.
+# %% The plain answer. At this size a letter is two pixels wide, and the model guesses.
 print(m.generate(picture, question, prefix=prefix))
+# prints: egg
 
 # %% Sec. 3.1, Alg. 1 lines 6-10. While it answers, the model looks at the picture. The attention of
 # the response tokens to the image tokens, averaged over a few heads that point well, is M_RoI.
+one_head = replace(recipe, attention={4: [3]})
+save_map("0-one-head.png", teach(m, one_head, None, [ids], prefix=prefix).raw[0].view(grid))
 lesson = teach(m, recipe, None, [ids], prefix=prefix)
 M = lesson.raw[0]  # (N,)
 save_map("1-attention.png", M.view(grid))
 print("answer:", lesson.responses[0])
 print("the brightest cells:", M.topk(3).indices.tolist(), "of", M.numel())
+# prints: answer: egg
+# prints: the brightest cells: [131, 57, 58] of 144
 
 # %% Eq. 1, sinks. A few image tokens draw attention whatever is asked. They hold no evidence, but
 # their hidden states are much longer than the others', and that gives them away.
@@ -66,12 +76,26 @@ print(f"{(norms > recipe.sink.c * norms.median()).sum()} sinks; longest over med
       f"{norms.max() / norms.median():.1f}")
 print(f"attention on sinks: {100 * (1 - clean.sum() / M.sum()):.0f} %")
 save_map("2-without-sinks.png", clean.view(grid))
+# prints: 1 sinks; longest over median: 1.6
+# prints: attention on sinks: 41 %
 
 # %% Eq. 2, pseudo-labels. Strong cells are foreground. Weak cells outside the foreground's box are
 # background. What is between the thresholds or inside the box is ambiguous, and is ignored.
 labels = assign_labels(clean, grid, tau_fg=0.2, tau_bg=0.1)
 for row in labels.view(grid).tolist():
     print("".join({1: "#", 0: ".", -1: "?"}[label] for label in row))
+# prints: ............
+# prints: ............
+# prints: ............
+# prints: ........?#?.
+# prints: ........###?
+# prints: ........###.
+# prints: ........?#?.
+# prints: ............
+# prints: ............
+# prints: ............
+# prints: ............
+# prints: ...?........
 
 # %% Eq. 3-5, the RPN. R blocks, copied from layers B..B+R-1, read the states after the first B
 # layers. The score of a cell is q . k / sqrt(d) of the last prompt token and of the cell.
@@ -79,10 +103,12 @@ rpn = RPN.from_layers(m, recipe.frozen_layers, recipe.rpn_layers)
 before = rpn(m, picture, question).sigmoid()
 save_map("3-rpn-untrained.png", before)
 print(f"untrained: mean {before.mean():.2f}, on the foreground {before.flatten()[labels == 1].mean():.2f}")
+# prints: untrained: mean 0.75, on the foreground 0.59
 
 # %% Alg. 1 line 18, the loss. Binary cross-entropy over the labelled cells alone.
 scores = rpn.score(lesson.hidden, lesson.columns, [-1], lesson.rope)  # (1, H, 1, N)
 print(f"loss {roi_loss(scores.mean(1)[:, 0], labels[None]).item():.2f}")
+# prints: loss 1.55
 
 # %% Alg. 1, in ten lines. 200 questions about other pictures: the model answers, its attention
 # becomes labels, the RPN learns them. No answer and no box of the data set is used.
@@ -100,6 +126,7 @@ after = rpn(m, picture, question).detach().sigmoid()
 save_map("4-rpn-trained.png", after)
 print(f"trained on 200 questions: mean {after.mean():.2f}, "
       f"on the foreground {after.flatten()[labels == 1].mean():.2f}")
+# prints: trained on 200 questions: mean 0.05, on the foreground 0.71
 
 # %% Eq. 6, smoothing and threshold. A Gaussian takes specks away; cells above tau are what to read
 # again. The bundled RPN was trained longer, on 1,000 questions.
@@ -108,23 +135,31 @@ logits = rpn(m, picture, question)
 p = smooth(logits.sigmoid() * letterbox.holds_picture())
 save_map("5-smoothed.png", p)
 print((p > rpn.tau).sum().item(), "cells above tau", rpn.tau)
+# prints: 10 cells above tau 0.25
 
 # %% Eq. 7, regions. Connected cells are a region; its box in cells becomes a box in pixels.
 regions = find_regions(logits, rpn.tau, letterbox.holds_picture())
 for region in regions:
     print("cells", region.box, "pixels", letterbox.to_pixels(region.box))
+# prints: cells (8, 3, 12, 6) pixels (448, 168, 672, 336)
 
 # %% Eq. 8, the mask. One crop around all regions; of its cells those under the mask become tokens.
 whole = union(regions)
 picture.crop(letterbox.to_pixels(whole.box)).save(OUT / "6-crop.png")
 keep = kept_cells(whole, grid, letterbox)
 print(keep.sum().item(), "of", keep.numel(), "cells of the crop are kept")
+# prints: 122 of 144 cells of the crop are kept
 
 # %% Sec. 3.4, the second stage. The crop's tokens go behind the image, before the question.
 result = answer(m, rpn, picture, question, prefix=prefix)
 print("plain:", m.generate(picture, question, prefix=prefix), "| two-stage:", result.text)
+# prints: plain: egg | two-stage: map
 
 # %% What tau does. A lower one reads more of the picture again, at less magnification.
 for tau in (0.05, 0.25, 0.6, 0.9):
     result = answer(m, rpn, picture, question, tau=tau, prefix=prefix)
     print(f"tau {tau}: {len(result.regions)} regions, crop {result.boxes}, answer {result.text}")
+# prints: tau 0.05: 1 regions, crop [(336, 112, 672, 504)], answer egg
+# prints: tau 0.25: 1 regions, crop [(448, 168, 672, 336)], answer map
+# prints: tau 0.6: 0 regions, crop [], answer egg
+# prints: tau 0.9: 0 regions, crop [], answer egg

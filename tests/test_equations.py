@@ -1,0 +1,24 @@
+"""tests/paper/walk.py, one question through every equation: it prints what its comments say."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+WALK = Path(__file__).resolve().parent / "paper" / "walk.py"
+
+
+def test_the_walk_prints_what_it_says():
+    """Numbers with a point may differ by a little, as sums do on other machines; all else is equal."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, WALK], capture_output=True, text=True, env=environment, timeout=110)
+    assert run.returncode == 0, run.stderr
+    printed = run.stdout.splitlines()
+    said = re.findall(r"^# prints: (.*)$", WALK.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(printed) == len(said) > 30
+    for ours, theirs in zip(printed, said):
+        number = r"\d+\.\d+"
+        assert re.sub(number, "x", ours) == re.sub(number, "x", theirs)
+        for a, b in zip(re.findall(number, ours), re.findall(number, theirs)):
+            assert abs(float(a) - float(b)) < 0.05, (ours, theirs)
+    assert len(list((WALK.parents[2] / "out" / "walk").glob("*.png"))) >= 7
