@@ -40,7 +40,14 @@ MEAN, STD = torch.tensor(clip.MEAN).view(3, 1, 1), torch.tensor(clip.STD).view(3
 # ---------------------------------------------------------------------------------------- geometry
 
 def covered_cells(view, box, share=0.0):
-    """The cells of a view's g x g grid of which a box covers more than a share: (N,) bool."""
+    """The cells of a view's g x g grid of which a box covers more than a share: (N,) bool.
+
+    >>> view, box = (0, 0, 120, 120), (5, 0, 20, 10)  # half of the first cell, all of the second
+    >>> covered_cells(view, box).nonzero()[0].tolist()
+    [0, 1]
+    >>> covered_cells(view, box, 0.5).nonzero()[0].tolist()
+    [1]
+    """
     covered = []
     for i in (0, 1):
         edges = np.linspace(view[i], view[i + 2], GRID + 1)
@@ -153,9 +160,9 @@ def blank_chunk():
 
 def fill_scene(row, scene, rng, cut_crops):
     """Fill one row of a chunk, except for its cells -> the four views."""
-    crops, masked, row["keep"][3] = cut_crops(scene, rng)
     picture = scene.picture
-    views = [padded_square(picture.size), *crops, masked]
+    crops, row["keep"][3] = cut_crops(scene, rng)
+    views = [padded_square(picture.size), *crops]
     for v, view in enumerate(views):
         pixels = preprocess_crop(picture, view, SIDE) if v > 0 else preprocess(picture, SIDE)
         pixels = ((pixels * STD + MEAN) * 255).round().byte()
@@ -169,13 +176,16 @@ def fill_scene(row, scene, rng, cut_crops):
 
 def add_questions(cells, scene, views, rng):
     """Fill a row's cells (4, 6, N) -> its [(question, answer, numbers of its things, kind), ...]"""
-    boxes = [list(thing.box) for thing in scene.things]
+    numbers = {thing.box: k for k, thing in enumerate(scene.things)}
     for v, view in enumerate(views):
-        for k, box in enumerate(boxes):
+        for box, k in numbers.items():
             if visible_share(view, box) > 0.6:
                 cells[v, k] = covered_cells(view, box)
-    return [(q["question"], q["answers"][0], [boxes.index(box) for box in q["boxes"]], q["kind"])
-            for q in scenes.all_questions(scene, rng)]
+    questions = []
+    for q in scenes.all_questions(scene, rng):
+        things = [numbers[tuple(box)] for box in q["boxes"]]
+        questions.append((*q["question"], *q["answers"], things, q["kind"]))
+    return questions
 
 
 def make_chunk(folder, kind, number, cut_crops):

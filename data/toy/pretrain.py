@@ -1,6 +1,6 @@
 """
 The program that trained data/toy/llava-toy, a LLaVA-1.5 of 3.6 million parameters, in an hour and
-a half on 2 cores.
+a half on 2 cores. The sizes are those in data/toy/llava-toy/config.json.
 
     python data/toy/pretrain.py    # stop it at any time; the same command resumes
 
@@ -31,7 +31,6 @@ t tokens of text behind the image, T all tokens, R answer rows, n image tokens (
 import argparse
 import copy
 import io
-import json
 import math
 import os
 import random
@@ -43,7 +42,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import sentencepiece
 import torch
 import torch.nn as nn
@@ -61,7 +59,6 @@ from data.toy.lessons import (CLASSES, CROPS, GRID, VIEWS, Pool, covered_cells, 
 from model import SYSTEM, LLaVA, read_config, rotate  # noqa: E402
 from sdrpn import Letterbox, find_regions, kept_cells, union  # noqa: E402
 
-TOY = HERE / "llava-toy"  # its config.json says all sizes
 N = GRID * GRID
 READ_FIRST = 0.3  # share of the tower's steps that show pages alone
 MIDDLE = (4, 5)  # layers whose heads are pushed; the last phase freezes all below the first
@@ -103,9 +100,9 @@ def train_tokenizer(path):
     """BPE on questions, answers and the system prompt; bytes 3..258, digits apart, as LLaMA's."""
     lines = [SYSTEM + " USER:"] * 50
     for i in range(300):
-        scene, _ = scenes.make_question("tokeniser", i)
-        for q in scenes.all_questions(scene, random.Random(0)):
-            lines.append(f"USER: {q['question']} ASSISTANT: {q['answers'][0]}")
+        rng, kind = random.Random(f"tokeniser/{i}"), scenes.KINDS[i % len(scenes.KINDS)]
+        for q in scenes.all_questions(scenes.make_scene(rng, kind=kind), random.Random(0)):
+            lines.append(f"USER: {q['question'][0]} ASSISTANT: {q['answers'][0]}")
     names = (*scenes.WORDS, *scenes.SHAPES, *scenes.COLOURS)
     lines += [f"{word} {word.capitalize()}" for word in names] * 20
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -178,12 +175,13 @@ def masked_view(scene, rng, things):
 
 
 def cut_crops(scene, rng):
-    """-> two crops for a lesson, a third with a mask, which of its patches the mask keeps (N,)."""
+    """-> views: two crops for a lesson, a third with a mask; patches that the mask keeps (N,)."""
     if rng.random() < 0.3:
         crops = [loose_crop(scene, rng, [thing]) for thing in rng.sample(scene.things, 2)]
     else:
         crops = box_views(scene, rng, pick_things(scene, rng))
-    return crops, *masked_view(scene, rng, pick_things(scene, rng))
+    masked, keep = masked_view(scene, rng, pick_things(scene, rng))
+    return [*crops, masked], keep
 
 
 # ------------------------------------------------------------------------------------------- tower
@@ -206,15 +204,14 @@ def tower_loss(llava, heads, batch, views):
 
 
 def tower_report(llava, heads, pool):
-    """Share of validation patches named right: shape, dot and text; whole pictures and crops."""
+    """Share of validation patches named right, in whole pictures and in crops."""
     words = []
     for name, view in (("whole", 0), ("crop", 1)):
         _, right, wanted = tower_loss(llava, heads, pool.validation(128), [view] * 128)
-        on_thing = (wanted[..., 0] >= 0) & (wanted[..., 0] < len(scenes.SHAPES))
-        has_text = wanted[..., 3] >= 0
-        shape = right[..., 0][on_thing].float().mean()
-        dot, text = (right[..., k][has_text].float().mean() for k in (2, 3))
-        words.append(f"{name} shape {shape:.3f} dot {dot:.3f} text {text:.3f}")
+        asked = wanted >= 0
+        asked[..., 0] &= wanted[..., 0] < len(scenes.SHAPES)
+        shares = (right & asked).sum((0, 1)) / asked.sum((0, 1))
+        words.append("{} shape {:.3f} colour {:.3f} dot {:.3f} text {:.3f}".format(name, *shares))
     return " | ".join(words)
 
 
@@ -277,11 +274,9 @@ def register_loss(llava, heads, old_tower, batch, rng):
     shape = take(batch, views, "classes")[..., :1]  # (b, N, 1)
     shown = (shape == torch.arange(len(scenes.SHAPES))).any(1).float()  # (b, shapes)
     gist = F.binary_cross_entropy_with_logits(heads.registers(registers).float(), shown[complete])
-    found = find_registers(after)
-    right = (found & chosen).sum() / found.sum().clamp(min=1)
     return 10 * keeping + 2 * length + 0.5 * gist, {
         "keeping": keeping.item(), "gist": gist.item(), "ratio": ratio.exp().mean().item(),
-        "a view": found.sum(-1).float().mean().item(), "where they belong": right.item()}
+        "a view": find_registers(after).sum(-1).float().mean().item()}
 
 
 # ----------------------------------------------------------------------------------------- decoder
@@ -298,10 +293,8 @@ def conversation(llava, questions):
                  for (_, answer), end in zip(pairs, ends)]
 
 
-def choose_questions(questions, rng, shown, turns, first_kind):
+def choose_questions(questions, rng, shown, turns):
     """Some questions of a scene: the kinds take turns, and those about things `shown` come first.
-
-    shown: numbers of things, or None. first_kind: ask for this kind alone, if there is one.
     """
     questions, seen, nth = list(questions), {}, {}
     rng.shuffle(questions)
@@ -309,10 +302,7 @@ def choose_questions(questions, rng, shown, turns, first_kind):
         seen[kind] = seen.get(kind, 0) + 1
         nth[question] = seen[kind] + 0.9 * rng.random()
     questions.sort(key=lambda q: nth[q[0]])
-    if shown is not None:
-        questions.sort(key=lambda q: not (q[2] and set(q[2]) <= shown))
-    if first_kind:
-        questions = [q for q in questions if q[3] == first_kind] or questions
+    questions.sort(key=lambda q: not (q[2] and set(q[2]) <= shown))
     return questions[:turns]
 
 
@@ -328,7 +318,7 @@ class Lesson:
     sinks: torch.Tensor    # (b, n) the whole picture's registers
 
 
-def decoder_batch(llava, batch, rng, crops, turns, first_kind, about_crop):
+def decoder_batch(llava, batch, rng, crops, turns, about_crop):
     """-> a Lesson about these scenes. A share `about_crop` starts with what the crops show."""
     views = CROPS[crops]
     with torch.no_grad():
@@ -341,10 +331,10 @@ def decoder_batch(llava, batch, rng, crops, turns, first_kind, about_crop):
         cells = torch.from_numpy(chunk["cells"][row][views])  # (views, 6, N)
         images.append(features[i][keep])  # (n_i, C)
         places.append(cells.transpose(0, 1)[:, keep])  # (6, n_i)
-        shown = None
+        shown = set()
         if crops != "none" and rng.random() < about_crop:
             shown = {k for k in range(6) if (cells[1:, k] & keep[1:]).any()}
-        asked.append(choose_questions(chunk["questions"][row], rng, shown, turns, first_kind))
+        asked.append(choose_questions(chunk["questions"][row], rng, shown, turns))
     return make_lesson(llava, asked, images, places, find_registers(towers[0]))
 
 
@@ -440,10 +430,9 @@ def push_loss(llava, names_head, layer, h, lesson, rows, start, phase):
     return loss
 
 
-def decoder_loss(llava, names_head, batch, rng, phase=None, crops="none", turns=6, first_kind=None,
-                 about_crop=0.5):
+def decoder_loss(llava, names_head, batch, rng, phase=None, crops="none", turns=6, about_crop=0.5):
     """-> cross-entropy of the answers, the phase's push (0 without one), samples all right (b,)"""
-    x = decoder_batch(llava, batch, rng, crops, turns, first_kind, about_crop)
+    x = decoder_batch(llava, batch, rng, crops, turns, about_crop)
     system = llava.embed([1, *llava.tokenizer.encode(f"{SYSTEM} USER: ")])[0]
     images = llava.project(torch.cat(x.images)).to(system.dtype).split(x.lengths.tolist())
     texts = llava.language_model.embed_tokens(x.ids)
@@ -464,40 +453,33 @@ def decoder_loss(llava, names_head, batch, rng, phase=None, crops="none", turns=
 
 
 def decoder_report(llava, pool):
-    """Share of validation scenes whose first answer is right, token by token with the truth before.
+    """Share of validation scenes whose first answer is right, given its earlier tokens.
 
-    For each kind: the picture alone / with two crops / with a masked crop. Questions about what the
-    crops show come first.
+    Questions about what the crops show come first.
     """
     words = []
-    for kind in scenes.KINDS:
-        shares = []
-        for crops in ("none", "two", "masked"):
-            _, _, right = decoder_loss(llava, None, pool.validation(64), random.Random(1),
-                                       crops=crops, turns=1, first_kind=kind, about_crop=1.0)
-            shares.append(f"{right.float().mean():.2f}")
-        words.append(f"{kind} {'/'.join(shares)}")
-    return " ".join(words)
+    for crops in CROPS:
+        _, _, right = decoder_loss(llava, None, pool.validation(64), random.Random(1), crops=crops,
+                                   turns=1, about_crop=1.0)
+        words.append(f"{crops} {right.float().mean():.2f}")
+    return "first answer right with crops: " + " ".join(words)
 
 
 # ---------------------------------------------------------------------------------------- the loop
 
 def trained_modules(phase, llava, heads):
-    if phase == "tower":
-        return [llava.vision_tower, heads.patches]
-    if phase == "registers":
-        return [llava.vision_tower, heads.registers]
-    decoder = llava.language_model
-    if phase == "park":
-        return [*decoder.layers[MIDDLE[0]:], decoder.norm, llava.lm_head]
-    modules = [llava.multi_modal_projector, decoder, llava.lm_head]
-    return [*modules, heads.names] if phase == "decoder" else modules
+    decoder, tower = llava.language_model, llava.vision_tower
+    return {"tower": [tower, heads.patches],
+            "decoder": [llava.multi_modal_projector, decoder, llava.lm_head, heads.names],
+            "pairs": [llava.multi_modal_projector, decoder, llava.lm_head],
+            "registers": [tower, heads.registers],
+            "park": [*decoder.layers[MIDDLE[0]:], decoder.norm, llava.lm_head]}[phase]
 
 
 def make_noise(llava):
     """Head NOISE of the middle layers looks at random: its queries and keys are drawn, and stay."""
     torch.manual_seed(5)
-    d = llava.config.head_dim
+    d, D = llava.config.head_dim, llava.config.hidden_size
     rows = slice(NOISE * d, (NOISE + 1) * d)
 
     def clear_rows(gradient):
@@ -507,7 +489,6 @@ def make_noise(llava):
     for layer in MIDDLE:
         attention = llava.language_model.layers[layer].self_attn
         for weight in (attention.q_proj.weight, attention.k_proj.weight):
-            D = weight.shape[1]
             weight.data[rows] = torch.randn(d, D) * NOISE_STD / D ** 0.5
             weight.register_hook(clear_rows)
 
@@ -518,10 +499,9 @@ def prepare(phase, llava, heads):
     heads.requires_grad_(False)
     modules = trained_modules(phase, llava, heads)
     parameters = [w for m in modules for w in m.requires_grad_(True).parameters()]
-    decay = 0.02
     if phase == "park":
         make_noise(llava)
-        decay = 0.0  # it would shrink the drawn weights
+    decay = 0.0 if phase == "park" else 0.02  # it would shrink the drawn weights
     optimizer = torch.optim.AdamW(parameters, PHASES[phase].lr, (0.9, 0.98), weight_decay=decay)
     return optimizer, parameters
 
@@ -529,16 +509,17 @@ def prepare(phase, llava, heads):
 def step_loss(phase, llava, heads, old_tower, pools, rng, step):
     """-> the loss of one step, numbers for the log"""
     b, steps = PHASES[phase].batch, PHASES[phase].steps
+    pool, crowded, pages = pools
     if phase == "tower":
         if step < READ_FIRST * steps:
-            batch = pools["pages"].sample(rng, b)
+            batch = pages.sample(rng, b)
         else:
-            shares = {"scenes": b // 4, "crowded": b // 2, "pages": b // 4}
-            batch = [x for kind, count in shares.items() for x in pools[kind].sample(rng, count)]
+            batch = pool.sample(rng, b // 4) + crowded.sample(rng, b // 2)
+            batch += pages.sample(rng, b // 4)
         views = [rng.choice(range(VIEWS)) for _ in batch]
-        loss = tower_loss(llava, heads, batch, views)[0]
+        loss, _, _ = tower_loss(llava, heads, batch, views)
         return loss, {"loss": loss.item()}
-    batch = pools["scenes"].sample(rng, b)
+    batch = pool.sample(rng, b)
     if phase == "registers":
         return register_loss(llava, heads, old_tower, batch, rng)
     chances = [0.27, 0.10, 0.20, 0.43] if phase == "park" else [0.32, 0.10, 0.22, 0.36]
@@ -560,11 +541,9 @@ def train(phase, llava, heads, pools, work, log):
     kernels = [SDPBackend.MATH]  # the faster ones on a CPU
     if phase not in ("tower", "registers"):
         kernels.insert(0, SDPBackend.FLASH_ATTENTION)
-    path, step, seconds, mean = work / f"{phase}.safetensors", 0, 0.0, {}
+    path, step, mean, began = work / f"{phase}.safetensors", 0, {}, time.time()
     if path.is_file():
-        info = load_state(path, modules, optimizer)
-        step, seconds = info["step"], info["seconds"]
-    began = time.time() - seconds
+        step = load_state(path, modules, optimizer)["step"]
     while step < p.steps:
         rng = random.Random(f"{phase}/{step}")
         cosine = 0.02 + 0.49 * (1 + math.cos(math.pi * step / p.steps))
@@ -584,8 +563,8 @@ def train(phase, llava, heads, pools, work, log):
             line = f"{phase} {step}/{p.steps} {time.time() - began:.0f} s lr {lr:.1e} "
             line += " ".join(f"{k} {v:.3f}" for k, v in mean.items())
             if step % 500 == 0 or step == p.steps:
-                line += " || " + report(phase, llava, heads, pools["scenes"])
-                save_state(path, modules, optimizer, {"step": step, "seconds": time.time() - began})
+                line += " || " + report(phase, llava, heads, pools[0])
+                save_state(path, modules, optimizer, {"step": step})
             print(line, file=log, flush=True)
             print(line, flush=True)
 
@@ -600,15 +579,16 @@ def report(phase, llava, heads, pool):
 
 # ------------------------------------------------------------------------------- building, writing
 
-def build(work):
-    """A LLaVA of the toy's sizes with fresh weights. Its tokeniser and configs are put in `work`."""
-    if not (work / "tokenizer.model").is_file():
-        train_tokenizer(work / "tokenizer.model")
-    for name in ("config.json", "preprocessor_config.json"):
-        shutil.copy(TOY / name, work)
+def build(folder):
+    """A LLaVA of the toy's sizes with fresh weights. `folder` gets its tokeniser and configs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "tokenizer.model").is_file():
+        train_tokenizer(folder / "tokenizer.model")
+    for name in ("config.json", "preprocessor_config.json", "recipe.json"):
+        shutil.copy(HERE / "llava-toy" / name, folder)
     torch.manual_seed(0)
-    _, config = read_config(work)
-    llava = LLaVA(config, LLaVA.read_tokenizer(work, config))
+    _, config = read_config(folder)
+    llava = LLaVA(config, LLaVA.read_tokenizer(folder, config))
     into_stream = ("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight")
     for name, p in llava.named_parameters():
         if name.endswith(("class_embedding", "position_embedding.weight", "embed_tokens.weight")):
@@ -621,56 +601,49 @@ def build(work):
     return llava
 
 
-def export(llava, work, out):
-    """Write the Hugging Face layout in float16, with zeros for what is stored but never run."""
+def save(llava, path):
+    """Write weights in the Hugging Face layout, float16, with zeros for what is never run."""
     tensors = {}
+    last = llava.config.vision["num_hidden_layers"] - 1
     for name, p in llava.state_dict().items():
         name = name.replace("language_model.", "language_model.model.")
         name = name.replace("vision_tower.", "vision_tower.vision_model.")
         name = name.replace("lm_head", "language_model.lm_head")
         tensors[name] = p.to(torch.float16)
-    last = llava.config.vision["num_hidden_layers"] - 1
-    for name in list(tensors):
-        if f"encoder.layers.{last - 1}." in name:
-            unused = name.replace(f"layers.{last - 1}.", f"layers.{last}.")
-            tensors[unused] = torch.zeros_like(tensors[name])
-        if ".pre_layrnorm." in name:
-            unused = name.replace("pre_layrnorm", "post_layernorm")
-            tensors[unused] = torch.zeros_like(tensors[name])
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    for name in ("config.json", "preprocessor_config.json", "tokenizer.model"):
-        shutil.copyfile(work / name, out / name)
+        for run, stored in ((f"encoder.layers.{last - 1}.", f"encoder.layers.{last}."),
+                            ("pre_layrnorm", "post_layernorm")):
+            if run in name:
+                tensors[name.replace(run, stored)] = torch.zeros_like(tensors[name])
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def main():
     parser = argparse.ArgumentParser(description="Train the toy LLaVA; run it again to resume.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--work", type=Path, default=HERE.parent.parent / "out" / "pretrain",
-                        help="scenes, checkpoints and log of the training")
-    parser.add_argument("--out", type=Path, default=TOY, help="the finished model")
+                        help="folder for scenes, resume points, the log, and llava-toy/, the model")
     parser.add_argument("--chunks", type=int, default=28,
                         help=f"files of {lessons.CHUNK} scenes to draw of each kind, 2 or more "
                              "(90 MB each, in memory)")
     parser.add_argument("--steps", type=int, help="of every phase: a few, to see whether all runs")
     args = parser.parse_args()
-    folder = args.work / "chunks"
-    folder.mkdir(parents=True, exist_ok=True)
+    chunks, toy = args.work / "chunks", args.work / "llava-toy"
+    chunks.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(os.cpu_count())
     with ProcessPoolExecutor(2) as makers:
         for kind in lessons.KINDS:
-            make = partial(lessons.make_chunk, folder, kind, cut_crops=cut_crops)
+            make = partial(lessons.make_chunk, chunks, kind, cut_crops=cut_crops)
             list(makers.map(make, range(args.chunks)))  # list() raises what a maker raised
-    llava = build(args.work)
+    llava = build(toy)
     heads = Heads(llava.config)
-    pools = {kind: Pool(folder, kind) for kind in lessons.KINDS}
+    pools = [Pool(chunks, kind) for kind in lessons.KINDS]
     print(f"{sum(p.numel() for p in llava.parameters()) / 1e6:.2f} million parameters", flush=True)
     with open(args.work / "pretrain.log", "a") as log:
         for phase in PHASES:
             PHASES[phase].steps = args.steps or PHASES[phase].steps
             train(phase, llava, heads, pools, args.work, log)
-    export(llava, args.work, args.out)
-    print(f"wrote {args.out}")
+    save(llava, toy / "model.safetensors")
+    print(f"wrote {toy}; next: python train.py --ckpt {toy}")
 
 
 if __name__ == "__main__":

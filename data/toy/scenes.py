@@ -19,7 +19,7 @@ import random
 import re
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -27,8 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 # As a script, only this folder is on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from clip import printable  # noqa: E402
-from data.program import run_program  # noqa: E402
+from data.program import log, run_program  # noqa: E402
 from data.questions import write_questions  # noqa: E402
 from model import read_json  # noqa: E402
 
@@ -64,6 +63,7 @@ PLATE_Y = {"triangle": 0.66, "house": 0.62, "heart": 0.42}  # plate centre / hei
 class ToyQuestions:
     """A stream of questions, made on the fly. Item i is (picture, question) and depends on i alone.
 
+    The kinds take turns, and half of the answers to "exist" are yes.
     A question is {"question": ["What word is on the star?"], "answers": ["cat"], "kind": "word",
     "boxes": [[30, 40, 150, 160]], "id": "train/0/6"}. Boxes are half-open, in source px; an absent
     shape has none.
@@ -78,20 +78,13 @@ class ToyQuestions:
     def __getitem__(self, i):
         if i >= self.count:
             raise IndexError(i)  # this is what ends a for loop
-        scene, question = make_question(self.stream, i)
-        turns = [question["question"]]
-        return scene.picture, question | {"question": turns, "id": f"{self.stream}/{i}"}
-
-
-def make_question(stream, i):
-    """Number i of a stream -> (Scene, question). The kinds take turns."""
-    rng = random.Random(f"{stream}/{i}")
-    kind = KINDS[i % len(KINDS)]
-    scene = make_scene(rng, kind=kind)
-    questions = possible_questions(scene.things, kind)
-    if kind == "exist":
-        questions = with_answer(questions, rng.choice(["yes", "no"]))
-    return scene, rng.choice(questions)
+        rng = random.Random(f"{self.stream}/{i}")
+        kind = KINDS[i % len(KINDS)]
+        scene = make_scene(rng, kind=kind)
+        questions = possible_questions(scene.things, kind)
+        if kind == "exist":
+            questions = with_answer(questions, rng.choice(["yes", "no"]))
+        return scene.picture, rng.choice(questions) | {"id": f"{self.stream}/{i}"}
 
 
 def with_answer(questions, answer):
@@ -99,11 +92,18 @@ def with_answer(questions, answer):
 
 
 def possible_questions(things, kind):
-    """All questions of one kind about these things, in a fixed order."""
+    """All questions of one kind about these things, in a fixed order.
+
+    >>> things = [Thing("star", "red", "4", "blue", (0, 0, 100, 100), 20.0, 8.0),
+    ...           Thing("ring", "red", "owl", "blue", (200, 0, 300, 100), 20.0, 8.0)]
+    >>> possible_questions(things, "both")  # doctest: +NORMALIZE_WHITESPACE
+    [{'question': ['What is on the star and the ring?'], 'answers': ['4 owl'],
+      'boxes': [[0, 0, 100, 100], [200, 0, 300, 100]], 'kind': 'both'}]
+    """
     def ask(shapes, answer, named):
         question = TEMPLATES[kind].format(*shapes).replace("a arrow", "an arrow")
         boxes = [list(thing.box) for thing in named]
-        return {"question": question, "answers": [answer], "boxes": boxes, "kind": kind}
+        return {"question": [question], "answers": [answer], "boxes": boxes, "kind": kind}
 
     if kind == "both":
         pairs = near_pairs(things)
@@ -349,9 +349,7 @@ def draw_shape(draw, thing):
     draw.line(path + path[:2], fill=dark, width=OUTLINE, joint="curve")
 
 
-@lru_cache(maxsize=None)
-def font(size):
-    return ImageFont.load_default(size)  # slow: it parses the font
+font = cache(ImageFont.load_default)  # font(size); parsing it is slow
 
 
 def plate_size(text, face):
@@ -393,15 +391,13 @@ def draw_details(draw, thing, rng):
 def write_scenes(args):
     (args.out / "images").mkdir(parents=True, exist_ok=True)
     lines = []
-    for i in range(args.count):
-        scene, question = make_question(args.seed, i)
+    for i, (picture, question) in enumerate(ToyQuestions(args.seed, args.count)):
         image = f"images/{i:05d}.png"
-        scene.picture.save(args.out / image)
-        lines.append({"id": f"{args.seed}/{i}", "image": image} | question)
-    write_questions(args.out / "questions.jsonl", ".", lines)
-    out = printable(args.out)
-    print(f"wrote {args.count} pictures with a question each to {out}; "
-          f"score them with: python infer.py --eval {out}/questions.jsonl")
+        picture.save(args.out / image)
+        lines.append({"image": image} | question)
+    path = args.out / "questions.jsonl"
+    write_questions(path, ".", lines)
+    log(f"wrote {args.count} scenes with a question each; try: python infer.py --eval {path}")
 
 
 def main(argv=None):
