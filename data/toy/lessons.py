@@ -1,13 +1,14 @@
 """
-The lessons of pretrain.py: scenes, crowded scenes and pages as arrays on disk, CHUNK a file.
+The lessons of pretrain.py: scenes, crowded scenes and pages as arrays on disk, CHUNK in a file.
 
-    make_chunk(folder, "scenes", 0, cut)
+    make_chunk(folder, "scenes", 0, cut_crops)
     pool = Pool(folder, "scenes")
-    batch = pool.sample(random.Random(0), 16)    # 16 times (chunk, row)
+    batch = pool.sample(random.Random(0), 16)    # 16 pairs (chunk, row)
 
-A scene is stored as four views: the whole picture, two crops, and one more with the patches that a
-mask keeps of it. Where these lie, pretrain.py says: cut(scene, rng).
-Shapes: n = CHUNK, S = SIDE px, g = GRID patches a side, N = g*g; boxes are half-open, in source px.
+A scene is stored as four views: the whole picture, two crops, and a crop with the patches that a
+mask keeps of it. pretrain.cut_crops(scene, rng) decides where these lie.
+Shapes: n = CHUNK, S = SIDE px, g = GRID patches a side, N = g*g. Boxes and views are half-open
+(x0, y0, x1, y1) in source px.
 """
 import json
 import random
@@ -20,37 +21,45 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import clip
-import scenes
 from clip import preprocess, preprocess_crop
 from data.files import write_file
+from data.toy import scenes
 
 GRID, SIDE, CHUNK = 12, 168, 256
-KINDS = "scenes", "crowded", "pages"
+KINDS = {"scenes": "pairs", "crowded": "crowded", "pages": "page"}  # kind -> its random stream
 VIEWS = 4  # the whole picture, two crops, one crop that is masked
 CROPS = {"none": [0], "one": [0, 1], "two": [0, 1, 2], "masked": [0, 3]}  # views in one sequence
-FONT_PX, DOT_PX = (14, 48), (5, 15)  # larger than in the scenes asked about later: to learn reading
+FONT_PX, DOT_PX = (14, 48), (5, 15)  # larger than in the scenes of the RPN: this is to learn to read
 TEXTS = [*"0123456789", *scenes.WORDS]
 # What a patch must name: the shape (or none), its colour, its dot's colour, its text.
 CLASSES = (len(scenes.SHAPES) + 1, len(scenes.COLOURS), len(scenes.COLOURS), len(TEXTS))
+UNKNOWN = -100  # the class of a patch that need not name it; cross_entropy ignores it
 MEAN, STD = torch.tensor(clip.MEAN).view(3, 1, 1), torch.tensor(clip.STD).view(3, 1, 1)
 
 
 # ---------------------------------------------------------------------------------------- geometry
 
-def cells_over(view, box, share=0.0):
-    """The g*g cells of a view (a source rectangle) that a box covers by more than a share: (N,)."""
-    inside = []
+def covered_cells(view, box, share=0.0):
+    """The cells of a view's g x g grid of which a box covers more than a share: (N,) bool.
+
+    >>> view, box = (0, 0, 120, 120), (5, 0, 20, 10)  # half of the first cell, all of the second
+    >>> covered_cells(view, box).nonzero()[0].tolist()
+    [0, 1]
+    >>> covered_cells(view, box, 0.5).nonzero()[0].tolist()
+    [1]
+    """
+    covered = []
     for i in (0, 1):
         edges = np.linspace(view[i], view[i + 2], GRID + 1)
         overlap = np.minimum(edges[1:], box[i + 2]) - np.maximum(edges[:-1], box[i])
-        inside.append(overlap > share * (edges[1] - edges[0]))
-    return np.outer(inside[1], inside[0]).ravel()
+        covered.append(overlap > share * (edges[1] - edges[0]))
+    return np.outer(covered[1], covered[0]).ravel()
 
 
-def visible(view, box):
+def visible_share(view, box):
     """The share of a box that lies in a view.
 
-    >>> visible((0, 0, 10, 10), (5, 0, 15, 10))
+    >>> visible_share((0, 0, 10, 10), (5, 0, 15, 10))
     0.5
     """
     w = min(view[2], box[2]) - max(view[0], box[0])
@@ -58,10 +67,10 @@ def visible(view, box):
     return max(w, 0) * max(h, 0) / ((box[2] - box[0]) * (box[3] - box[1]))
 
 
-def whole(size):
-    """The padded square as a rectangle of the source.
+def padded_square(size):
+    """The square that pads a picture of this (w, h), in source px.
 
-    >>> whole((672, 504))
+    >>> padded_square((672, 504))
     [0, -84, 672, 588]
     """
     w, h = size
@@ -70,10 +79,17 @@ def whole(size):
     return [-x, -y, side - x, side - y]
 
 
-# ----------------------------------------------------------------------------------- what is drawn
+def covered_centres(start, length, side):
+    """Of g patches along `side` px, those with centres in start..start+length; else the nearest."""
+    end = start + length
+    found = [c for c in range(GRID) if start < (c + 0.5) * side / GRID < end]
+    return found or [min(int((start + length / 2) * GRID / side), GRID - 1)]
+
+
+# -------------------------------------------------------------------------------- what is to learn
 
 def crowded_scene(rng):
-    """16 things on a 4 x 4 grid, shapes may repeat: four times the lessons of a scene."""
+    """16 things on a 4 x 4 grid, where shapes may repeat: more to name than in a scene."""
     things = []
     for i in range(16):
         side = rng.randint(100, 156)
@@ -84,131 +100,122 @@ def crowded_scene(rng):
     return scenes.draw_scene(rng, (672, 672), things)
 
 
-def centres_in(at, size, side):
-    """Rows (or columns) of patches with centres in at..at+size of `side` px; else the nearest."""
-    found = [c for c in range(GRID) if at < (c + 0.5) * side / GRID < at + size]
-    return found or [min(int((at + size / 2) * GRID / side), GRID - 1)]
+def draw_page(rng):
+    """A page full of numbers and words on plates -> picture, text class of each patch (N,).
 
-
-def page(rng):
-    """A page full of numbers and words on plates -> image, text class of each patch (N,).
-
-    Letters as whole pictures show them and as crops do: 4 to 55 px high once the page is SIDE
-    wide, squeezed one way or the other.
+    Once the page is SIDE wide its letters are 4 to 55 px high, as in whole pictures and in crops.
     """
     w, h = rng.sample([672, rng.randint(470, 672)], 2)
     font_px = scenes.log_uniform(rng, 18, 220)
     columns = max(1, int(w / max(64, 1.9 * font_px + 24)))
     lines = max(1, int(h / max(64, 1.2 * font_px + 24)))
-    image = Image.new("RGB", (w, h), scenes.tint(rng, 120, 250))
-    draw, wanted = ImageDraw.Draw(image), np.full((GRID, GRID), -100, np.int64)
+    picture = Image.new("RGB", (w, h), scenes.tint(rng, 120, 250))
+    draw, classes = ImageDraw.Draw(picture), np.full((GRID, GRID), UNKNOWN)
     dx, dy = w / columns, h / lines
     for i in range(columns * lines):
         x, y = i % columns * dx, i // columns * dy
         fill = rng.choice(list(scenes.COLOURS.values())) if rng.random() < 0.7 else None
         draw.rectangle((x, y, x + dx, y + dy), fill=fill)
         text, face = rng.choice(TEXTS), scenes.font(float(int(font_px * rng.uniform(0.75, 1))))
-        x0, y0, x1, y1 = face.getbbox(text)
-        across, down = x1 - x0 + 10, y1 - y0 + 10
-        x, y = x + rng.uniform(0, max(0, dx - across)), y + rng.uniform(0, max(0, dy - down))
-        draw.rounded_rectangle((x, y, x + across, y + down), radius=6, fill="white")
-        draw.text((x + 5 - x0, y + 5 - y0), text, fill="black", font=face)
-        over = centres_in(y, down, h), centres_in(x, across, w)
-        wanted[np.ix_(*over)] = TEXTS.index(text)
-    return image, wanted.ravel()
+        width, height = scenes.plate_size(text, face)
+        x += rng.uniform(0, max(0, dx - width))
+        y += rng.uniform(0, max(0, dy - height))
+        scenes.draw_plate(draw, x, y, text, face)
+        patches = np.ix_(covered_centres(y, height, h), covered_centres(x, width, w))
+        classes[patches] = TEXTS.index(text)
+    return picture, classes.ravel()
 
 
-def targets(view, things):
-    """(N, 4) class of each patch: shape (last = none), colour, dot, text; -100 where not asked."""
-    out = np.full((GRID * GRID, len(CLASSES)), -100, np.int64)
-    out[:, 0] = len(scenes.SHAPES)
+def patch_classes(view, things):
+    """(N, 4) class of each patch: shape (last = none), colour, dot, text. Each may be UNKNOWN."""
+    classes = np.full((GRID * GRID, len(CLASSES)), UNKNOWN)
+    classes[:, 0] = len(scenes.SHAPES)
     colours = list(scenes.COLOURS)
     for t in things:
-        cells, seen = cells_over(view, t.box, 0.5), visible(view, t.box)
-        if seen < 0.35:
-            out[cells, 0] = -100
+        cells, share = covered_cells(view, t.box, 0.5), visible_share(view, t.box)
+        if share < 0.35:
+            classes[cells, 0] = UNKNOWN
             continue
-        out[cells, 0], out[cells, 1] = scenes.SHAPES.index(t.shape), colours.index(t.colour)
-        if seen > 0.95:
-            out[cells, 2] = colours.index(t.dot)
-            out[cells, 3] = TEXTS.index(t.text)
-    return out
+        classes[cells, 0] = scenes.SHAPES.index(t.shape)
+        classes[cells, 1] = colours.index(t.colour)
+        if share > 0.95:
+            classes[cells, 2] = colours.index(t.dot)
+            classes[cells, 3] = TEXTS.index(t.text)
+    return classes
 
 
 # ---------------------------------------------------------------------------------- chunks on disk
 
 def blank_chunk():
-    """The arrays of a chunk: pixels (n, 4, S, S, 3), and for each patch of each view its classes,
-    the things on it (up to 6), whether it is kept, and whether it is all picture without a thing.
+    """The arrays of a chunk. Each view has pixels, and for its patches: their classes, the things
+    on them (up to 6), whether the mask keeps them, and whether they show the ground alone.
     """
+    patches = (CHUNK, VIEWS, GRID * GRID)
     return {"pixels": np.zeros((CHUNK, VIEWS, SIDE, SIDE, 3), np.uint8),
-            "classes": np.full((CHUNK, VIEWS, GRID * GRID, len(CLASSES)), -100, np.int8),
+            "classes": np.full((*patches, len(CLASSES)), UNKNOWN, np.int8),
             "cells": np.zeros((CHUNK, VIEWS, 6, GRID * GRID), bool),
-            "keep": np.ones((CHUNK, VIEWS, GRID * GRID), bool),
-            "empty": np.zeros((CHUNK, VIEWS, GRID * GRID), bool)}
+            "keep": np.ones(patches, bool),
+            "empty": np.zeros(patches, bool)}
 
 
-def write_chunk(path, arrays, questions):
+def fill_scene(row, scene, rng, cut_crops):
+    """Fill one row of a chunk, except for its cells -> the four views."""
+    picture = scene.picture
+    crops, row["keep"][3] = cut_crops(scene, rng)
+    views = [padded_square(picture.size), *crops]
+    for v, view in enumerate(views):
+        pixels = preprocess_crop(picture, view, SIDE) if v > 0 else preprocess(picture, SIDE)
+        pixels = ((pixels * STD + MEAN) * 255).round().byte()
+        row["pixels"][v] = pixels.permute(1, 2, 0)
+        row["classes"][v] = patch_classes(view, scene.things)
+        row["empty"][v] = covered_cells(view, [0, 0, *picture.size], 0.999)
+        for thing in scene.things:
+            row["empty"][v] &= ~covered_cells(view, thing.box)
+    return views
+
+
+def add_questions(cells, scene, views, rng):
+    """Fill a row's cells (4, 6, N) -> its [(question, answer, numbers of its things, kind), ...]"""
+    numbers = {thing.box: k for k, thing in enumerate(scene.things)}
+    for v, view in enumerate(views):
+        for box, k in numbers.items():
+            if visible_share(view, box) > 0.6:
+                cells[v, k] = covered_cells(view, box)
+    questions = []
+    for q in scenes.all_questions(scene, rng):
+        things = [numbers[tuple(box)] for box in q["boxes"]]
+        questions.append((*q["question"], *q["answers"], things, q["kind"]))
+    return questions
+
+
+def make_chunk(folder, kind, number, cut_crops):
+    """Write a chunk of one of KINDS, if it is not there yet."""
+    path = folder / f"{kind}{number:04d}.safetensors"
+    if path.is_file():
+        return
+    torch.set_num_threads(1)
+    arrays, questions = blank_chunk(), []
+    for i in range(CHUNK):
+        seed = f"{KINDS[kind]}/{number}/{i}"
+        rng, row = random.Random(seed), {key: array[i] for key, array in arrays.items()}
+        if kind == "crowded":
+            fill_scene(row, crowded_scene(rng), rng, cut_crops)
+        elif kind == "scenes":
+            scene = scenes.make_scene(rng, FONT_PX, DOT_PX)
+            views = fill_scene(row, scene, rng, cut_crops)
+            questions.append(add_questions(row["cells"], scene, views, rng))
+        else:
+            for v in range(VIEWS):
+                picture, row["classes"][v, :, 3] = draw_page(random.Random(f"{seed}/{v}"))
+                row["pixels"][v] = picture.resize((SIDE, SIDE), Image.BICUBIC)
     metadata = {"questions": json.dumps(questions)}
     write_file(path, lambda partial: save_file(arrays, partial, metadata))
 
 
-def make_scenes(path, seed, crowded, cut):
-    """CHUNK scenes; a question is stored as [question, answer, numbers of its things, kind]."""
-    arrays, questions = blank_chunk(), []
-    for i in range(CHUNK):
-        rng = random.Random(f"{seed}/{i}")
-        scene = crowded_scene(rng) if crowded else scenes.make_scene(rng, FONT_PX, DOT_PX)
-        crops, masked, arrays["keep"][i, 3] = cut(scene, rng)
-        for v, view in enumerate([whole(scene.image.size), *crops, masked]):
-            if v == 0:
-                pixels = preprocess(scene.image, SIDE)
-            else:
-                pixels = preprocess_crop(scene.image, view, SIDE)
-            pixels = ((pixels * STD + MEAN) * 255).round().byte()
-            arrays["pixels"][i, v] = pixels.permute(1, 2, 0).numpy()
-            arrays["classes"][i, v] = targets(view, scene.things)
-            arrays["empty"][i, v] = cells_over(view, [0, 0, *scene.image.size], 0.999)
-            for k, t in enumerate(scene.things):
-                arrays["empty"][i, v] &= ~cells_over(view, t.box)
-                if not crowded and visible(view, t.box) > 0.6:
-                    arrays["cells"][i, v, k] = cells_over(view, t.box)
-        if not crowded:
-            boxes = [list(t.box) for t in scene.things]
-            asked = scenes.all_questions(scene, rng)
-            questions.append([(q["question"], q["answers"][0],
-                               [boxes.index(b) for b in q["boxes"]], q["kind"]) for q in asked])
-    write_chunk(path, arrays, questions)
-
-
-def make_pages(path, seed):
-    """CHUNK x VIEWS pages, stored like scenes."""
-    arrays = blank_chunk()
-    for i in range(CHUNK):
-        for v in range(VIEWS):
-            image, arrays["classes"][i, v, :, 3] = page(random.Random(f"{seed}/{i}/{v}"))
-            arrays["pixels"][i, v] = np.asarray(image.resize((SIDE, SIDE), Image.BICUBIC))
-    write_chunk(path, arrays, [])
-
-
-def make_chunk(folder, kind, n, cut):
-    """Chunk n of a kind, if it is not there yet."""
-    path = folder / f"{kind}{n:04d}.safetensors"
-    if path.is_file():
-        return
-    torch.set_num_threads(1)
-    if kind == "pages":
-        make_pages(path, f"page/{n}")
-    elif kind == "crowded":
-        make_scenes(path, f"crowded/{n}", crowded=True, cut=cut)
-    else:
-        make_scenes(path, f"pairs/{n}", crowded=False, cut=cut)
-
-
 # ------------------------------------------------------------------------------------ chunks read
 
-def around(x, fill):
-    """x (..., g, g) -> (..., g, g, 3, 3): each patch amid its neighbours; beyond the edge, fill."""
+def neighbours(x, fill):
+    """x (..., g, g) -> (..., g, g, 3, 3): each patch with its neighbours; `fill` off the edge."""
     edge = [(0, 0)] * (x.ndim - 2) + [(1, 1), (1, 1)]
     return sliding_window_view(np.pad(x, edge, constant_values=fill), (3, 3), (-2, -1))
 
@@ -216,19 +223,19 @@ def around(x, fill):
 def keep_cores(classes):
     """Ask for a text only in the middle of its thing, where the plate is.
 
-    Three times the outer patches are peeled off, if that leaves any.
+    The outer patches are peeled off three times, unless nothing would be left.
     """
     text = classes[..., 3].reshape(*classes.shape[:-2], GRID, GRID).copy()
     for _ in range(3):
-        sides = around(text, -100)[..., (0, 1, 1, 2), (1, 0, 2, 1)]  # above, left, right, below
+        sides = neighbours(text, UNKNOWN)[..., (0, 1, 1, 2), (1, 0, 2, 1)]
         inner = (text >= 0) & (sides == text[..., None]).all(-1)
-        near = around(inner, False).any((-2, -1))
-        text[near & ~inner] = -100
+        near = neighbours(inner, False).any((-2, -1))
+        text[near & ~inner] = UNKNOWN
     classes[..., 3] = text.reshape(classes.shape[:-1])
 
 
 class Pool:
-    """Chunks of one of KINDS; the first is for validation."""
+    """The chunks of one of KINDS. The first is for validation."""
 
     def __init__(self, folder, kind):
         self.chunks = []
@@ -241,7 +248,7 @@ class Pool:
             self.chunks.append(chunk)
 
     def sample(self, rng, b):
-        """b scenes as a list of (chunk, row)."""
+        """b random rows as a list of (chunk, row)."""
         last = len(self.chunks)
         return [(self.chunks[rng.randrange(1, last)], rng.randrange(CHUNK)) for _ in range(b)]
 
@@ -249,9 +256,10 @@ class Pool:
         return [(self.chunks[0], i) for i in range(b)]
 
 
-def stored(batch, views, what):
-    """What is stored of one view of each (chunk, row) -> tensor (b, ...)."""
-    return torch.from_numpy(np.stack([c[what][i, v] for (c, i), v in zip(batch, views)]))
+def take(batch, views, key):
+    """An array of one view of each (chunk, row) -> tensor (b, ...)."""
+    rows = [chunk[key][i, view] for (chunk, i), view in zip(batch, views)]
+    return torch.from_numpy(np.stack(rows))
 
 
 def to_pixels(views):

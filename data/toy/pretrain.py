@@ -1,29 +1,29 @@
 """
-The program that trained data/toy/llava-toy, a LLaVA-1.5 of 3.6 million parameters: one command,
-an hour and a half on 2 cores.
+The program that trained data/toy/llava-toy, a LLaVA-1.5 of 3.6 million parameters, in an hour and
+a half on 2 cores. The sizes are those in data/toy/llava-toy/config.json.
 
-    python data/toy/pretrain.py                  # the same command again goes on where it was
-    python data/toy/pretrain.py --start FOLDER   # a finished toy: its last three phases alone
+    python data/toy/pretrain.py    # stop it at any time; the same command resumes
 
-It stands in for CLIP's, the projector's and the instruction training, and may use all that the
-scenes know:
+It replaces CLIP's training, the projector's and the instruction tuning. It may use everything that
+the scenes know:
   1. tokeniser: sentencepiece BPE on the questions, with byte fallback, as LLaMA's.
   2. tower: every patch must name the thing it lies on (shape, colour, dot, text), in whole
-     pictures and in crops; before that come pages full of plates alone, or reading is never learnt
-     beside the easier lessons. No language yet.
-  3. decoder: projector and decoder, tower frozen: several questions per picture in one sequence,
-     pictures alone or with crops behind them, as SD-RPN's second stage shows them. At first two
-     heads of each of two middle layers are also pushed to look at the thing that is asked for, and
-     the residual stream to name it: real pre-training finds this out by itself, a model of this
-     size would take hours. Each push fades, and is gone for the last fifth of its phase.
+     pictures and in crops. Pages full of plates come first: beside the easier lessons, the tower
+     never learns to read. No language yet.
+  3. decoder: projector and decoder learn, the tower is frozen. A sequence holds one picture, alone
+     or with crops behind it as in SD-RPN's second stage, and several questions. At first two heads
+     in each of two middle layers are also pushed to look at the thing that is asked about, and the
+     residual stream to name it. Real pre-training finds this by itself, but a model of this size
+     would take hours. Each push fades and is gone for the last fifth of its phase.
   4. pairs: more of the same, without the naming.
   5. registers: large towers keep what they know of the whole picture in the features of empty
-     patches, far longer than the others (Darcet 2023). This one is taught to: two in each view.
-  6. park: large decoders park attention that has nothing to look at on such tokens (Kang 2025).
-     Three heads of each of two layers are pushed to; one more looks at random, for attention as
-     noisy as a large model's. Only the upper half of the decoder is trained: with all of it in
-     training, the lower half lifts every token's length to that of the registers.
-Nothing of this is seen by the RPN's training, which has neither boxes nor answers.
+     patches, which are far longer than the others (Darcet 2023). This phase teaches the tower to
+     do so, with two registers in each view.
+  6. park: attention that has nothing to look at goes to such tokens in large decoders (Kang 2025).
+     Three heads in each of two layers are pushed to do that. One more head looks at random, so
+     that attention is as noisy as a large model's. Only the upper half of the decoder learns: if
+     all of it does, the lower half makes every token as long as the registers.
+The RPN's training sees none of this: it has neither boxes nor answers.
 Left out: data parallelism, and any tuning beyond what made it work.
 Shapes: b batch, g = 12 patches a side, N = 144, S image side, C tower width, D decoder width,
 t tokens of text behind the image, T all tokens, R answer rows, n image tokens (crops included).
@@ -31,44 +31,40 @@ t tokens of text behind the image, T all tokens, R answer rows, n image tokens (
 import argparse
 import copy
 import io
-import json
 import math
 import os
 import random
+import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import sentencepiece
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
-import lessons  # noqa: E402 (the project is on the path only now)
-import scenes  # noqa: E402
-from data.files import load_state, save_state  # noqa: E402
-from lessons import (CLASSES, CROPS, GRID, SIDE, VIEWS, Pool, cells_over, stored,  # noqa: E402
-                     to_pixels, whole)
-from model import SYSTEM, LLaVA, rotate  # noqa: E402
+sys.path.insert(0, str(HERE.parent.parent))
+from data.files import load_state, save_state  # noqa: E402 (the project is on the path only now)
+from data.toy import lessons, scenes  # noqa: E402
+from data.toy.lessons import (CLASSES, CROPS, GRID, VIEWS, Pool, covered_cells,  # noqa: E402
+                              padded_square, take, to_pixels)
+from model import SYSTEM, LLaVA, read_config, rotate  # noqa: E402
 from sdrpn import Letterbox, find_regions, kept_cells, union  # noqa: E402
 
 N = GRID * GRID
-TOWER = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
-             image_size=SIDE, patch_size=14)
-DECODER = dict(hidden_size=160, intermediate_size=432, num_hidden_layers=8, num_attention_heads=5,
-               num_key_value_heads=5, max_position_embeddings=2048, rms_norm_eps=1e-5,
-               model_type="llama")
-READ_FIRST = 0.3  # share of the tower's steps that are pages alone
+READ_FIRST = 0.3  # share of the tower's steps that show pages alone
 MIDDLE = (4, 5)  # layers whose heads are pushed; the last phase freezes all below the first
 LOOK, PARK, NOISE = [0], [1, 2, 3], 4  # what their heads do in the last phase
-SINKS, PARKED = 2, 0.8  # registers of a view; the share of heads PARK's attention they shall get
+SINKS = 2  # registers of a view
+PARKED = 0.8  # share of heads PARK's attention that should go to them
 APART = 3, 5  # least and most cells between the two registers of a view
 SPREAD = 0.3  # how far heads LOOK spread over the thing they look at
 NOISE_STD = 2.2  # of random queries and keys
@@ -90,11 +86,12 @@ PHASES = {"tower": Phase(9000, 32, 2e-3, 200), "decoder": Phase(1500, 16, 1.6e-3
 class Heads(nn.Module):
     """Linear read-outs that only exist in training."""
 
-    def __init__(self):
+    def __init__(self, config):
         super().__init__()
-        self.patches = nn.Linear(TOWER["hidden_size"], sum(CLASSES))  # what a patch lies on
-        self.names = nn.Linear(DECODER["hidden_size"], len(scenes.SHAPES))  # named by a question
-        self.registers = nn.Linear(TOWER["hidden_size"], len(scenes.SHAPES))  # shown by a view
+        C, shapes = config.vision["hidden_size"], len(scenes.SHAPES)
+        self.patches = nn.Linear(C, sum(CLASSES))  # what a patch lies on
+        self.names = nn.Linear(config.hidden_size, shapes)  # the shapes that a question names
+        self.registers = nn.Linear(C, shapes)  # the shapes in a view
 
 
 # --------------------------------------------------------------------------------------- tokeniser
@@ -103,13 +100,13 @@ def train_tokenizer(path):
     """BPE on questions, answers and the system prompt; bytes 3..258, digits apart, as LLaMA's."""
     lines = [SYSTEM + " USER:"] * 50
     for i in range(300):
-        scene, _ = scenes.make_question("tokeniser", i)
-        lines += [f"USER: {q['question']} ASSISTANT: {q['answers'][0]}"
-                  for q in scenes.all_questions(scene, random.Random(0))]
+        rng, kind = random.Random(f"tokeniser/{i}"), scenes.KINDS[i % len(scenes.KINDS)]
+        for q in scenes.all_questions(scenes.make_scene(rng, kind=kind), random.Random(0)):
+            lines.append(f"USER: {q['question'][0]} ASSISTANT: {q['answers'][0]}")
     names = (*scenes.WORDS, *scenes.SHAPES, *scenes.COLOURS)
     lines += [f"{word} {word.capitalize()}" for word in names] * 20
     letters = "abcdefghijklmnopqrstuvwxyz"
-    lines += [" ".join(letters + letters.upper() + ",.?!'-:;()\"/")]
+    lines.append(" ".join(letters + letters.upper() + ",.?!'-:;()\"/"))
     lines += [" ".join("0123456789")] * 20
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -122,106 +119,105 @@ def train_tokenizer(path):
 
 # -------------------------------------------------------------------- crops as the method cuts them
 
-def pick(scene, rng):
+def pick_things(scene, rng):
     """What a crop is about: one thing, two near each other, or any two."""
     pairs = scenes.near_pairs(scene.things)
     chance = rng.random()
     if chance < 0.45 or (chance < 0.8 and not pairs):
         return [rng.choice(scene.things)]
-    return list(rng.choice(pairs)) if chance < 0.8 else rng.sample(scene.things, 2)
+    return rng.choice(pairs) if chance < 0.8 else rng.sample(scene.things, 2)
 
 
-def loose_crop(scene, rng, named):
-    """The box around the things named with some margin; any rectangle if there are none."""
-    w, h = scene.image.size
-    if named:
-        x0, y0 = min(t.box[0] for t in named), min(t.box[1] for t in named)
-        x1, y1 = max(t.box[2] for t in named), max(t.box[3] for t in named)
-        margin = [rng.uniform(-8, 60) for _ in range(4)]
-        x0, y0, x1, y1 = x0 - margin[0], y0 - margin[1], x1 + margin[2], y1 + margin[3]
+def loose_crop(scene, rng, things):
+    """A box around these things with some margin; any rectangle if there are none."""
+    w, h = scene.picture.size
+    if things:
+        x0, y0, x1, y1 = scenes.box_around(things)
+        left, top, right, bottom = [rng.uniform(-8, 60) for _ in range(4)]
+        x0, y0, x1, y1 = x0 - left, y0 - top, x1 + right, y1 + bottom
     else:
-        cw, ch = rng.uniform(100, w), rng.uniform(100, h)
-        x0, y0 = rng.uniform(0, w - cw), rng.uniform(0, h - ch)
-        x1, y1 = x0 + cw, y0 + ch
+        width, height = rng.uniform(100, w), rng.uniform(100, h)
+        x0, y0 = rng.uniform(0, w - width), rng.uniform(0, h - height)
+        x1, y1 = x0 + width, y0 + height
     return [max(0, int(x0)), max(0, int(y0)), min(w, math.ceil(x1)), min(h, math.ceil(y1))]
 
 
-def propose(scene, rng, named):
-    """Regions as an RPN might propose them: ragged blobs on the things named, at times a spot."""
-    p = torch.zeros(GRID, GRID)
-    for t in named:
-        cells = cells_over(whole(scene.image.size), t.box, rng.choice([0.0, 0.2, 0.5]))
+def propose_regions(scene, rng, things):
+    """Regions as an RPN might find them: ragged blobs on these things, and 0 to 2 other spots."""
+    p, size = torch.zeros(GRID, GRID), scene.picture.size
+    for thing in things:
+        cells = covered_cells(padded_square(size), thing.box, rng.choice([0.0, 0.2, 0.5]))
         strength, ragged = rng.uniform(0.3, 1), rng.choice([0.0, 0.2, 0.4])
-        for y, x in torch.from_numpy(cells).view(GRID, GRID).nonzero().tolist():
-            p[y, x] = strength if rng.random() >= ragged else 0.0
+        for cell in cells.nonzero()[0]:
+            p.view(-1)[cell] = strength if rng.random() >= ragged else 0.0
     for _ in range(rng.choices([0, 1, 2], [0.5, 0.3, 0.2])[0]):
         y, x = rng.randrange(GRID), rng.randrange(GRID)
         p[y:y + rng.randint(1, 2), x:x + rng.randint(1, 2)] = rng.uniform(0.3, 1)
-    on = Letterbox(scene.image.size, GRID).holds_picture()
-    return find_regions(p.logit(1e-6), 0.15, on)
+    return find_regions(p.logit(1e-6), 0.15, Letterbox(size, GRID).holds_picture())
 
 
-def box_views(scene, rng, named):
-    """Two crops as Box Upscaling cuts them: the heaviest regions, any rectangle where one lacks."""
-    letterbox = Letterbox(scene.image.size, GRID)
-    best = sorted(propose(scene, rng, named), key=lambda r: -r.weight)[:2]
-    views = [list(letterbox.to_pixels(r.box)) for r in best]
+def box_views(scene, rng, things):
+    """Two crops as Box Upscaling cuts them: the heaviest regions, or random boxes where missing."""
+    letterbox = Letterbox(scene.picture.size, GRID)
+    regions = sorted(propose_regions(scene, rng, things), key=lambda r: -r.weight)[:2]
+    views = [letterbox.to_pixels(region.box) for region in regions]
     return views + [loose_crop(scene, rng, []) for _ in range(2 - len(views))]
 
 
-def masked_view(scene, rng, named):
-    """One crop as Masked Upscaling cuts it, and which of its patches it keeps (N,)."""
-    regions = propose(scene, rng, named)
+def masked_view(scene, rng, things):
+    """One crop as Masked Upscaling cuts it -> view, which of its patches the mask keeps (N,)."""
+    regions = propose_regions(scene, rng, things)
     if not regions:
-        return loose_crop(scene, rng, named), np.ones(GRID * GRID, bool)
-    region = union(regions)
-    view = list(Letterbox(scene.image.size, GRID).to_pixels(region.box))
-    return view, kept_cells(region, (GRID, GRID)).flatten().numpy()
+        return loose_crop(scene, rng, things), torch.ones(N, dtype=torch.bool)
+    region, letterbox = union(regions), Letterbox(scene.picture.size, GRID)
+    keep = kept_cells(region, (GRID, GRID), letterbox)
+    return letterbox.to_pixels(region.box), keep.flatten()
 
 
-def cut(scene, rng):
-    """-> two crops for a lesson, one that is masked, and which of its patches it keeps (N,)."""
+def cut_crops(scene, rng):
+    """-> views: two crops for a lesson, a third with a mask; patches that the mask keeps (N,)."""
     if rng.random() < 0.3:
         crops = [loose_crop(scene, rng, [thing]) for thing in rng.sample(scene.things, 2)]
     else:
-        crops = box_views(scene, rng, pick(scene, rng))
-    return crops, *masked_view(scene, rng, pick(scene, rng))
+        crops = box_views(scene, rng, pick_things(scene, rng))
+    masked, keep = masked_view(scene, rng, pick_things(scene, rng))
+    return [*crops, masked], keep
 
 
 # ------------------------------------------------------------------------------------------- tower
 
 def tower_loss(llava, heads, batch, views):
     """What each patch of one view of each scene lies on -> loss, right and wanted (b, N, 4)."""
-    wanted = stored(batch, views, "classes").long()
-    features = llava.vision_tower(to_pixels(stored(batch, views, "pixels")))
+    wanted = take(batch, views, "classes").long()
+    features = llava.vision_tower(to_pixels(take(batch, views, "pixels")))
     logits = heads.patches(features).float().split(CLASSES, -1)
     loss, right = 0.0, []
     for k, part in enumerate(logits):
         right.append(part.argmax(-1) == wanted[..., k])
-        if not (wanted[..., k] >= 0).any():  # pages teach texts only
+        if not (wanted[..., k] >= 0).any():  # pages teach texts alone
             continue
         weight = torch.ones(CLASSES[k])
         if k == 0:
             weight[-1] = 0.1  # most patches lie on nothing
-        loss = loss + F.cross_entropy(part.flatten(0, 1), wanted[..., k].flatten(), weight,
-                                      ignore_index=-100)
+        loss = loss + F.cross_entropy(part.flatten(0, 1), wanted[..., k].flatten(), weight)
     return loss, torch.stack(right, -1), wanted
 
 
 def tower_report(llava, heads, pool):
-    """Share of validation patches named right: shape, dot and text; whole pictures and crops."""
+    """Share of validation patches named right, in whole pictures and in crops."""
     words = []
     for name, view in (("whole", 0), ("crop", 1)):
         _, right, wanted = tower_loss(llava, heads, pool.validation(128), [view] * 128)
-        on = (wanted[..., 0] >= 0) & (wanted[..., 0] < len(scenes.SHAPES))
-        text = wanted[..., 3] >= 0
-        shares = [right[..., 0][on], right[..., 2][text], right[..., 3][text]]
-        shape, dot, text = (x.float().mean() for x in shares)
-        words.append(f"{name} shape {shape:.3f} dot {dot:.3f} text {text:.3f}")
+        asked = wanted >= 0
+        asked[..., 0] &= wanted[..., 0] < len(scenes.SHAPES)
+        shares = (right & asked).sum((0, 1)) / asked.sum((0, 1))
+        words.append("{} shape {:.3f} colour {:.3f} dot {:.3f} text {:.3f}".format(name, *shares))
     return " | ".join(words)
 
 
-def longest(norms, among, count=SINKS):
+# --------------------------------------------------------------------------------------- registers
+
+def pick_longest(norms, among, count=SINKS):
     """The `count` largest norms (b, N) of the patches `among` (b, N) -> bool (b, N)."""
     top = norms.masked_fill(~among, -1.0).topk(count, -1).indices
     return torch.zeros_like(among).scatter(1, top, True) & among
@@ -229,19 +225,18 @@ def longest(norms, among, count=SINKS):
 
 def pick_registers(norms, empty):
     """The longest empty patch of each view and the longest APART from it -> bool (b, N)."""
-    first = longest(norms, empty, 1)
-    at = first.int().argmax(-1)[:, None]  # (b, 1)
-    cell = torch.arange(N)
+    first = pick_longest(norms, empty, 1)
+    at, cell = first.int().argmax(-1)[:, None], torch.arange(N)  # (b, 1), (N,)
     down, across = (cell // GRID - at // GRID).abs(), (cell % GRID - at % GRID).abs()
     distance = torch.maximum(down, across)  # (b, N)
     apart = (distance >= APART[0]) & (distance <= APART[1])
-    return first | longest(norms, empty & apart, SINKS - 1)
+    return first | pick_longest(norms, empty & apart, SINKS - 1)
 
 
 def find_registers(features):
-    """The longest of features (b, N, C), where far longer than the others -> bool (b, N)."""
+    """The longest of features (b, N, C), if far longer than the others -> bool (b, N)."""
     norms = features.float().norm(dim=-1)
-    return longest(norms, norms > 2.5 * norms.median(-1, keepdim=True).values)
+    return pick_longest(norms, norms > 2.5 * norms.median(-1, keepdim=True).values)
 
 
 def flat_patches(views):
@@ -251,21 +246,21 @@ def flat_patches(views):
     return patches.std(3).amax(-1).flatten(1) < 12
 
 
-def register_loss(llava, heads, old, batch, rng):
-    """SINKS empty patches of each view become registers, all else stays what the `old` tower made.
+def register_loss(llava, heads, old_tower, batch, rng):
+    """SINKS empty patches of each view become registers, all others stay as the old tower made them.
 
-    The tower takes its pick among patches on nothing and not in the padding, but they lie APART:
-    closer they would be one region, and the box around two in opposite corners covers half of the
-    grid, which leaves a sample without labels where sinks are not removed. It shall make them 5 to
-    6 times as long as the median, and say in them which shapes the view shows.
-    -> loss, what is shown in the log.
+    A register is 5 to 6 times as long as the median and tells which shapes the view shows. The
+    tower picks its own among the patches that show the ground alone, but APART. Closer, they would
+    be one region. In opposite corners, the box around them would cover half of the grid, and a
+    sample whose sinks are not removed would get no labels.
+    -> loss, numbers for the log
     """
     views = [rng.choice([0, 0, 1, 2, 3]) for _ in batch]
-    seen = stored(batch, views, "pixels")
-    pixels = to_pixels(seen)
-    empty = stored(batch, views, "empty") & flat_patches(seen)
+    images = take(batch, views, "pixels")
+    pixels = to_pixels(images)
+    empty = take(batch, views, "empty") & flat_patches(images)
     with torch.no_grad():
-        before = old(pixels).float()
+        before = old_tower(pixels).float()
         median = before.norm(dim=-1).median(-1, keepdim=True).values  # (b, 1)
     after = llava.vision_tower(pixels).float()
     norms = after.norm(dim=-1)
@@ -273,102 +268,102 @@ def register_loss(llava, heads, old, batch, rng):
     keeping = ((after - before).square().sum(-1) / median ** 2)[~chosen].mean()
     ratio = (norms / median)[chosen].log()
     length = (F.relu(math.log(5) - ratio) + F.relu(ratio - math.log(6))).mean()
-    some = chosen.sum(-1) == SINKS
-    on = stored(batch, views, "classes")[..., :1]  # (b, N, 1)
-    shown = (on == torch.arange(len(scenes.SHAPES))).any(1).float()  # (b, shapes)
-    read = heads.registers(after[some][chosen[some]].unflatten(0, (-1, SINKS)).mean(1)).float()
-    gist = F.binary_cross_entropy_with_logits(read, shown[some])
-    found = find_registers(after)
-    right = (found & chosen).sum() / found.sum().clamp(min=1)
+
+    complete = chosen.sum(-1) == SINKS  # (b,)
+    registers = after[complete][chosen[complete]].unflatten(0, (-1, SINKS)).mean(1)
+    shape = take(batch, views, "classes")[..., :1]  # (b, N, 1)
+    shown = (shape == torch.arange(len(scenes.SHAPES))).any(1).float()  # (b, shapes)
+    gist = F.binary_cross_entropy_with_logits(heads.registers(registers).float(), shown[complete])
     return 10 * keeping + 2 * length + 0.5 * gist, {
         "keeping": keeping.item(), "gist": gist.item(), "ratio": ratio.exp().mean().item(),
-        "a view": found.sum(-1).float().mean().item(), "where they belong": right.item()}
+        "a view": find_registers(after).sum(-1).float().mean().item()}
 
 
 # ----------------------------------------------------------------------------------------- decoder
 
 def conversation(llava, questions):
-    """Several turns -> ids after the image, and for each answer (row that predicts it, length)."""
-    pairs = [(q, a) for q, a, _, _ in questions]
-    ids = llava.prompt_ids(pairs[-1][0], pairs[:-1])
-    ids = ids[ids.index(llava.config["image_token"]) + 1:]
-    ids += llava.tokenizer.encode(pairs[-1][1]) + [2]
-    ends = [i for i, t in enumerate(ids) if t == 2]
-    spans = []
-    for (_, a), end in zip(pairs, ends):
-        n = len(llava.tokenizer.encode(a))
-        spans.append((end - n - 1, n + 1))  # the ':' before the answer, and the answer with EOS
-    return ids, spans
+    """Several turns -> ids behind the image, and each turn's rows that predict its answer and EOS.
+    """
+    encode = llava.tokenizer.encode
+    pairs = [(question, answer) for question, answer, _, _ in questions]
+    question, answer = pairs[-1]
+    ids = llava.tail(llava.prompt_ids(question, pairs[:-1])) + encode(answer) + [2]
+    ends = [i for i, token in enumerate(ids) if token == 2]
+    return ids, [range(end - len(encode(answer)) - 1, end)
+                 for (_, answer), end in zip(pairs, ends)]
 
 
-def choose_questions(questions, rng, shown, turns, first_kind):
-    """Some questions of a scene: the kinds take turns; first those about things in `shown`."""
+def choose_questions(questions, rng, shown, turns):
+    """Some questions of a scene: the kinds take turns, and those about things `shown` come first.
+    """
     questions, seen, nth = list(questions), {}, {}
     rng.shuffle(questions)
     for question, _, _, kind in questions:
         seen[kind] = seen.get(kind, 0) + 1
         nth[question] = seen[kind] + 0.9 * rng.random()
     questions.sort(key=lambda q: nth[q[0]])
-    if shown is not None:
-        questions.sort(key=lambda q: not (q[2] and set(q[2]) <= shown))
-    if first_kind:
-        questions = [q for q in questions if q[3] == first_kind] or questions
+    questions.sort(key=lambda q: not (q[2] and set(q[2]) <= shown))
     return questions[:turns]
 
 
 @dataclass
 class Lesson:
     """b conversations about pictures, padded on the right."""
-    images: list          # b features (n_i, C): the whole picture's, then the crops'
-    ids: torch.Tensor     # (b, t) text behind the image
-    labels: torch.Tensor  # (b, t) the next token where an answer is being given, else -100
-    rows: torch.Tensor    # (b, R) where in the text answers are given, 0 where unused
-    names: torch.Tensor   # (b, R, shapes) which shapes the row's question names
-    gaze: torch.Tensor    # (b, 2, R, n) image tokens of the first and of the last thing asked about
-    sinks: torch.Tensor   # (b, n) the whole picture's registers
+    images: list           # b features (n_i, C): the whole picture's, then the crops'
+    lengths: torch.Tensor  # (b,) the n_i
+    ids: torch.Tensor      # (b, t) text behind the image
+    rows: torch.Tensor     # (b, R) rows of the text that predict a token of an answer; 0: unused
+    names: torch.Tensor    # (b, R, shapes) which shapes the row's question names
+    gaze: torch.Tensor     # (b, R, 2, n) image tokens of the first and the last thing asked about
+    sinks: torch.Tensor    # (b, n) the whole picture's registers
 
 
-def decoder_batch(llava, batch, rng, crops, turns, first_kind, about_crop):
-    """-> a Lesson about these scenes; about_crop of those with crops begin with what these show."""
+def decoder_batch(llava, batch, rng, crops, turns, about_crop):
+    """-> a Lesson about these scenes. A share `about_crop` starts with what the crops show."""
     views = CROPS[crops]
     with torch.no_grad():
-        seen = [llava.vision_tower(to_pixels(stored(batch, [v] * len(batch), "pixels")))
-                for v in views]  # each (b, N, C)
+        towers = [llava.vision_tower(to_pixels(take(batch, [view] * len(batch), "pixels")))
+                  for view in views]  # each (b, N, C)
+    features = torch.stack(towers, 1)  # (b, views, N, C)
     images, places, asked = [], [], []
     for i, (chunk, row) in enumerate(batch):
         keep = torch.from_numpy(chunk["keep"][row][views])  # (views, N)
         cells = torch.from_numpy(chunk["cells"][row][views])  # (views, 6, N)
-        images.append(torch.cat([features[i] for features in seen])[keep.flatten()])
-        places.append(cells.transpose(0, 1).flatten(1)[:, keep.flatten()])  # (6, n_i)
-        shown = None
+        images.append(features[i][keep])  # (n_i, C)
+        places.append(cells.transpose(0, 1)[:, keep])  # (6, n_i)
+        shown = set()
         if crops != "none" and rng.random() < about_crop:
             shown = {k for k in range(6) if (cells[1:, k] & keep[1:]).any()}
-        asked.append(choose_questions(chunk["questions"][row], rng, shown, turns, first_kind))
-    return fill_lesson(llava, asked, images, places, find_registers(seen[0]))
+        asked.append(choose_questions(chunk["questions"][row], rng, shown, turns))
+    return make_lesson(llava, asked, images, places, find_registers(towers[0]))
 
 
-def fill_lesson(llava, asked, images, places, registers):
+def make_lesson(llava, asked, images, places, registers):
     """Questions, features (n_i, C), cells of things (6, n_i), registers (b, N) -> Lesson."""
-    said = [conversation(llava, questions) for questions in asked]
-    b, n = len(asked), max(map(len, images))
-    t = max(len(ids) for ids, _ in said)
-    R = max(sum(length for _, length in spans) for _, spans in said)
-    x = Lesson(images, torch.zeros(b, t, dtype=torch.long), torch.full((b, t), -100),
-               torch.zeros(b, R, dtype=torch.long), torch.zeros(b, R, len(scenes.SHAPES)),
-               torch.zeros(b, 2, R, n, dtype=torch.bool), F.pad(registers, (0, n - N)))
-    for i, (ids, spans) in enumerate(said):
-        x.ids[i, :len(ids)] = torch.tensor(ids)
-        r = 0
-        for (start, length), (question, _, things, _) in zip(spans, asked[i]):
-            x.labels[i, start:start + length] = torch.tensor(ids[start + 1:start + 1 + length])
-            x.rows[i, r:r + length] = torch.arange(start, start + length)
+    lengths = torch.tensor([len(image) for image in images])
+    n = int(lengths.max())
+    ids, rows, names, gaze = [], [], [], []  # a tensor of each sample
+    for questions, cells in zip(asked, places):
+        cells = F.pad(cells, (0, n - cells.shape[1]))  # (6, n)
+        text, turns = conversation(llava, questions)
+        named, looked_at = [], []  # a tensor of each turn
+        for turn, (question, _, things, _) in zip(turns, questions):
             words = question.rstrip("?").split()
-            named = [float(shape in words) for shape in scenes.SHAPES]
-            x.names[i, r:r + length] = torch.tensor(named)
-            for k, thing in enumerate((things[0], things[-1]) if things else ()):
-                x.gaze[i, k, r:r + length, :len(images[i])] = places[i][thing]
-            r += length
-    return x
+            shapes = torch.tensor([float(shape in words) for shape in scenes.SHAPES])
+            ends = cells[[things[0], things[-1]]] if things else torch.zeros_like(cells[:2])
+            named.append(shapes.expand(len(turn), -1))
+            looked_at.append(ends.expand(len(turn), -1, -1))
+        ids.append(torch.tensor(text))
+        rows.append(torch.tensor([row for turn in turns for row in turn]))
+        names.append(torch.cat(named))
+        gaze.append(torch.cat(looked_at))
+    padded = [pad_sequence(tensors, batch_first=True) for tensors in (ids, rows, names, gaze)]
+    return Lesson(images, lengths, *padded, F.pad(registers, (0, n - N)))
+
+
+def take_rows(x, rows):
+    """x (b, T, D), rows (b, R) -> (b, R, D)"""
+    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def row_attention(llava, layer, h, heads, rows, start, lengths):
@@ -376,36 +371,36 @@ def row_attention(llava, layer, h, heads, rows, start, lengths):
 
     -> (b, heads, R, n), -inf where a sample has fewer than n.
     """
-    block = llava.language_model.layers[layer]
+    block, n = llava.language_model.layers[layer], int(lengths.max())
     a, x = block.self_attn, block.input_layernorm(h)
-    rope = llava.rope(torch.arange(h.shape[1]))
+    rope = llava.text_rope(0, h.shape[1])
     q = rotate(a.split(a.q_proj(x))[:, heads], rope)  # (b, heads, T, d)
     q = q.gather(2, rows[:, None, :, None].expand(-1, len(heads), -1, a.d)).float()
-    k = rotate(a.split(a.k_proj(x))[:, heads], rope)[:, :, start:start + max(lengths)].float()
+    k = rotate(a.split(a.k_proj(x))[:, heads], rope)[:, :, start:start + n].float()
     with torch.autocast("cpu", enabled=False):  # bfloat16 would make infinities here
         scores = q @ k.mT / a.d ** 0.5
-    beyond = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]  # (b, n)
-    return scores.masked_fill(beyond[:, None, None], -math.inf).log_softmax(-1)
+    padding = torch.arange(n) >= lengths[:, None]  # (b, n)
+    return scores.masked_fill(padding[:, None, None], -math.inf).log_softmax(-1)
 
 
 def looking_loss(attention, gaze, spread=0.0):
     """-log of the attention on the thing asked about, mean over rows; of two things, of both.
 
-    spread: the weight of a cross-entropy to equal attention on all its cells, 0 where it is equal.
+    spread: the weight of a cross-entropy to equal attention on all its cells.
     """
-    used = gaze.any(-1).all(1)  # (b, R)
+    used = gaze.any(-1).all(-1)[:, None].expand(attention.shape[:3])  # (b, heads, R)
     loss = 0.0
-    for cells in gaze.unbind(1):  # (b, R, n)
-        mass = attention.masked_fill(~cells[:, None], -math.inf).logsumexp(-1)  # (b, heads, R)
-        count = cells.sum(-1).clamp(min=1)[:, None]  # (b, 1, R)
-        equal = attention.masked_fill(~cells[:, None], 0.0).sum(-1) / count + count.log()
-        mass = (1 - spread) * mass + spread * equal
-        loss = loss - 0.5 * mass[used[:, None].expand_as(mass)].mean()
+    for cells in gaze.transpose(1, 2).unbind(1):  # (b, R, n)
+        cells = cells[:, None]
+        mass = attention.masked_fill(~cells, -math.inf).logsumexp(-1)  # (b, heads, R)
+        count = cells.sum(-1).clamp(min=1)  # (b, 1, R)
+        equal = attention.masked_fill(~cells, 0.0).sum(-1) / count + count.log()
+        loss = loss - 0.5 * ((1 - spread) * mass + spread * equal)[used].mean()
     return loss
 
 
 def parking_loss(attention, sinks, rows):
-    """Cross-entropy to PARKED of the attention on the registers in equal shares, the rest off."""
+    """Cross-entropy of the attention to a target: equal shares of PARKED on the registers."""
     used = sinks.any(-1)[:, None] & (rows > 0)  # (b, R)
     used = used[:, None].expand(attention.shape[:3])
     if not used.any():
@@ -418,87 +413,76 @@ def parking_loss(attention, sinks, rows):
 
 def naming_loss(names_head, h, rows, names):
     """The rows' hidden states (b, T, D) must tell which shapes their question names."""
-    at = rows[..., None].expand(-1, -1, h.shape[-1])
-    guess = names_head(h.gather(1, at)).float()  # (b, R, shapes)
+    guess = names_head(take_rows(h, rows)).float()  # (b, R, shapes)
     asked = names.any(-1)
     return F.binary_cross_entropy_with_logits(guess[asked], names[asked])
 
 
-def push_loss(llava, names_head, layer, h, x, rows, start, phase):
+def push_loss(llava, names_head, layer, h, lesson, rows, start, phase):
     """What the heads of a layer, and the residual stream h that enters it, are pushed to do."""
-    lengths = [len(image) for image in x.images]
-
-    def attention(heads):
-        return row_attention(llava, layer, h, heads, rows, start, lengths)
+    attention = row_attention(llava, layer, h, [*LOOK, *PARK], rows, start, lesson.lengths)
     if phase == "park":
-        parking = parking_loss(attention(PARK), x.sinks, x.rows)
-        return looking_loss(attention(LOOK), x.gaze, SPREAD) + parking
-    loss = looking_loss(attention([0, 1]), x.gaze)
+        looking = looking_loss(attention[:, :1], lesson.gaze, SPREAD)
+        return looking + parking_loss(attention[:, 1:], lesson.sinks, lesson.rows)
+    loss = looking_loss(attention[:, :2], lesson.gaze)
     if phase == "decoder":
-        loss = loss + 10 * naming_loss(names_head, h, rows, x.names)
+        loss = loss + 10 * naming_loss(names_head, h, rows, lesson.names)
     return loss
 
 
-def decoder_loss(llava, names_head, batch, rng, phase=None, crops="none", turns=6, first_kind=None,
-                 about_crop=0.5):
+def decoder_loss(llava, names_head, batch, rng, phase=None, crops="none", turns=6, about_crop=0.5):
     """-> cross-entropy of the answers, the phase's push (0 without one), samples all right (b,)"""
-    x = decoder_batch(llava, batch, rng, crops, turns, first_kind, about_crop)
-    before = torch.tensor([1, *llava.tokenizer.encode(f"{SYSTEM} USER: ")])
-    before = llava.language_model.embed_tokens(before)
-    lengths = [len(image) for image in x.images]
-    images = llava.multi_modal_projector(torch.cat(x.images)).to(before.dtype).split(lengths)
-    words = llava.language_model.embed_tokens(x.ids)
-    h = [torch.cat([before, *parts]) for parts in zip(images, words)]
-    h = nn.utils.rnn.pad_sequence(h, batch_first=True)  # (b, T, D)
-    ends = len(before) + torch.tensor(lengths)[:, None]  # (b, 1) where each text begins
-    rope, push, at = llava.rope(torch.arange(h.shape[1])), h.new_zeros(()), 0
+    x = decoder_batch(llava, batch, rng, crops, turns, about_crop)
+    system = llava.embed([1, *llava.tokenizer.encode(f"{SYSTEM} USER: ")])[0]
+    images = llava.project(torch.cat(x.images)).to(system.dtype).split(x.lengths.tolist())
+    texts = llava.language_model.embed_tokens(x.ids)
+    h = [torch.cat([system, *parts]) for parts in zip(images, texts)]
+    h = pad_sequence(h, batch_first=True)  # (b, T, D)
+    rows = x.rows + len(system) + x.lengths[:, None]  # (b, R) in T
+    rope, push, done = llava.text_rope(0, h.shape[1]), h.new_zeros(()), 0
     for layer in MIDDLE if phase else ():
-        h, at = llava.run(h, at, layer, rope), layer
-        push = push + push_loss(llava, names_head, layer, h, x, x.rows + ends, len(before), phase)
-    h = llava.run(h, at, DECODER["num_hidden_layers"], rope)
-    texts = ends + torch.arange(x.ids.shape[1])  # (b, t)
-    h = h.gather(1, texts[..., None].expand(-1, -1, h.shape[-1]))
-    wanted = x.labels >= 0
-    logits = llava.head(h[wanted]).float()
-    right = torch.ones_like(wanted)
-    right[wanted] = logits.argmax(-1) == x.labels[wanted]
-    return F.cross_entropy(logits, x.labels[wanted]), push / len(MIDDLE), right.all(-1)
+        h, done = llava.run(h, done, layer, rope), layer
+        push = push + push_loss(llava, names_head, layer, h, x, rows, len(system), phase)
+    h = llava.run(h, done, llava.depth, rope)
+    used = x.rows > 0
+    logits = llava.head(take_rows(h, rows)[used]).float()
+    wanted = x.ids.gather(1, x.rows + 1)[used]
+    right = torch.ones_like(used)
+    right[used] = logits.argmax(-1) == wanted
+    return F.cross_entropy(logits, wanted), push / len(MIDDLE), right.all(-1)
 
 
 def decoder_report(llava, pool):
-    """First answers right (teacher-forced) on validation scenes, with what shows it if possible:
-    picture alone / two crops / masked crop."""
+    """Share of validation scenes whose first answer is right, given its earlier tokens.
+
+    Questions about what the crops show come first.
+    """
     words = []
-    for kind in scenes.KINDS:
-        shares = []
-        for crops in ("none", "two", "masked"):
-            _, _, right = decoder_loss(llava, None, pool.validation(64), random.Random(1),
-                                       crops=crops, turns=1, first_kind=kind, about_crop=1.0)
-            shares.append(f"{right.float().mean():.2f}")
-        words.append(f"{kind} {'/'.join(shares)}")
-    return " ".join(words)
+    for crops in CROPS:
+        _, _, right = decoder_loss(llava, None, pool.validation(64), random.Random(1), crops=crops,
+                                   turns=1, about_crop=1.0)
+        words.append(f"{crops} {right.float().mean():.2f}")
+    return "first answer right with crops: " + " ".join(words)
 
 
 # ---------------------------------------------------------------------------------------- the loop
 
 def trained_modules(phase, llava, heads):
-    if phase == "tower":
-        return [llava.vision_tower, heads.patches]
-    if phase == "registers":
-        return [llava.vision_tower, heads.registers]
-    if phase == "park":
-        return [*llava.language_model.layers[MIDDLE[0]:], llava.language_model.norm, llava.lm_head]
-    modules = [llava.multi_modal_projector, llava.language_model, llava.lm_head]
-    return [*modules, heads.names] if phase == "decoder" else modules
+    decoder, tower = llava.language_model, llava.vision_tower
+    return {"tower": [tower, heads.patches],
+            "decoder": [llava.multi_modal_projector, decoder, llava.lm_head, heads.names],
+            "pairs": [llava.multi_modal_projector, decoder, llava.lm_head],
+            "registers": [tower, heads.registers],
+            "park": [*decoder.layers[MIDDLE[0]:], decoder.norm, llava.lm_head]}[phase]
 
 
 def make_noise(llava):
     """Head NOISE of the middle layers looks at random: its queries and keys are drawn, and stay."""
     torch.manual_seed(5)
-    d, D = llava.config["head_dim"], DECODER["hidden_size"]
+    d, D = llava.config.head_dim, llava.config.hidden_size
     rows = slice(NOISE * d, (NOISE + 1) * d)
 
-    def without(gradient):
+    def clear_rows(gradient):
         gradient = gradient.clone()
         gradient[rows] = 0
         return gradient
@@ -506,7 +490,7 @@ def make_noise(llava):
         attention = llava.language_model.layers[layer].self_attn
         for weight in (attention.q_proj.weight, attention.k_proj.weight):
             weight.data[rows] = torch.randn(d, D) * NOISE_STD / D ** 0.5
-            weight.register_hook(without)
+            weight.register_hook(clear_rows)
 
 
 def prepare(phase, llava, heads):
@@ -523,11 +507,9 @@ def prepare(phase, llava, heads):
 
 
 def step_loss(phase, llava, heads, old_tower, pools, rng, step):
-    """-> the loss of one step, and what of it is shown in the log."""
-    pool, crowded, pages = pools
+    """-> the loss of one step, numbers for the log"""
     b, steps = PHASES[phase].batch, PHASES[phase].steps
-    if phase == "registers":
-        return register_loss(llava, heads, old_tower, pool.sample(rng, b), rng)
+    pool, crowded, pages = pools
     if phase == "tower":
         if step < READ_FIRST * steps:
             batch = pages.sample(rng, b)
@@ -535,14 +517,16 @@ def step_loss(phase, llava, heads, old_tower, pools, rng, step):
             batch = pool.sample(rng, b // 4) + crowded.sample(rng, b // 2)
             batch += pages.sample(rng, b // 4)
         views = [rng.choice(range(VIEWS)) for _ in batch]
-        loss = tower_loss(llava, heads, batch, views)[0]
+        loss, _, _ = tower_loss(llava, heads, batch, views)
         return loss, {"loss": loss.item()}
     batch = pool.sample(rng, b)
+    if phase == "registers":
+        return register_loss(llava, heads, old_tower, batch, rng)
     chances = [0.27, 0.10, 0.20, 0.43] if phase == "park" else [0.32, 0.10, 0.22, 0.36]
     crops = rng.choices(list(CROPS), chances)[0]
     fade = max(0.0, 1 - step / (0.8 * steps))
-    answer, push, right = decoder_loss(llava, heads.names, batch, rng, phase if fade else None,
-                                       crops)
+    answer, push, right = decoder_loss(
+        llava, heads.names, batch, rng, phase if fade else None, crops)
     shown = {"answer": answer.item(), "all right": right.float().mean().item()}
     if fade:
         shown["push"] = push.item()
@@ -550,25 +534,23 @@ def step_loss(phase, llava, heads, old_tower, pools, rng, step):
 
 
 def train(phase, llava, heads, pools, work, log):
-    """One phase, from its checkpoint in `work` if there is one; its log goes to the screen too."""
+    """One phase, from its checkpoint in `work` if there is one; it logs to the screen too."""
     p, modules = PHASES[phase], {"llava": llava, "heads": heads}
     old_tower = copy.deepcopy(llava.vision_tower)
     optimizer, parameters = prepare(phase, llava, heads)
     kernels = [SDPBackend.MATH]  # the faster ones on a CPU
     if phase not in ("tower", "registers"):
         kernels.insert(0, SDPBackend.FLASH_ATTENTION)
-    path, step, seconds, mean = work / f"{phase}.safetensors", 0, 0.0, {}
+    path, step, mean, began = work / f"{phase}.safetensors", 0, {}, time.time()
     if path.is_file():
-        info = load_state(path, modules, optimizer)
-        step, seconds = info["step"], info["seconds"]
-    began = time.time() - seconds
+        step = load_state(path, modules, optimizer)["step"]
     while step < p.steps:
         rng = random.Random(f"{phase}/{step}")
         cosine = 0.02 + 0.49 * (1 + math.cos(math.pi * step / p.steps))
         optimizer.param_groups[0]["lr"] = lr = p.lr * min(1, (step + 1) / p.warmup) * cosine
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(kernels):
             loss, shown = step_loss(phase, llava, heads, old_tower, pools, rng, step)
-        if not math.isfinite(loss.item()):
+        if not loss.isfinite():
             sys.exit(f"pretrain.py: the loss is {loss.item()} at step {step} of {phase}; "
                      "start again with a lower learning rate")
         optimizer.zero_grad(set_to_none=True)
@@ -582,7 +564,7 @@ def train(phase, llava, heads, pools, work, log):
             line += " ".join(f"{k} {v:.3f}" for k, v in mean.items())
             if step % 500 == 0 or step == p.steps:
                 line += " || " + report(phase, llava, heads, pools[0])
-                save_state(path, modules, optimizer, {"step": step, "seconds": time.time() - began})
+                save_state(path, modules, optimizer, {"step": step})
             print(line, file=log, flush=True)
             print(line, flush=True)
 
@@ -597,38 +579,16 @@ def report(phase, llava, heads, pool):
 
 # ------------------------------------------------------------------------------- building, writing
 
-def write_configs(work):
-    """config.json and preprocessor_config.json for the tokenizer.model in `work` -> the config."""
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(work / "tokenizer.model"))
-    pieces = tokenizer.get_piece_size()
-    tower = {"model_type": "clip_vision_model", "projection_dim": TOWER["hidden_size"]}
-    config = {
-        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
-        "image_token_index": pieces, "pad_token_id": pieces + 1, "projector_hidden_act": "gelu",
-        "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": False, "torch_dtype": "float16", "image_seq_length": N,
-        "text_config": DECODER | {"vocab_size": (pieces + 2 + 15) // 16 * 16},
-        "vision_config": TOWER | tower}
-    preprocessor = {
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True,
-        "size": {"shortest_edge": SIDE}, "resample": 3, "do_center_crop": True,
-        "crop_size": {"height": SIDE, "width": SIDE}, "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": lessons.MEAN.flatten().tolist(), "image_std": lessons.STD.flatten().tolist(),
-        "do_convert_rgb": True}
-    (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (work / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
-    return config
-
-
-def build(work):
-    """A LLaVA with fresh weights, and in `work` its tokeniser and configs."""
-    if not (work / "tokenizer.model").is_file():
-        train_tokenizer(work / "tokenizer.model")
-    config = write_configs(work)
+def build(folder):
+    """A LLaVA of the toy's sizes with fresh weights. `folder` gets its tokeniser and configs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "tokenizer.model").is_file():
+        train_tokenizer(folder / "tokenizer.model")
+    for name in ("config.json", "preprocessor_config.json", "recipe.json"):
+        shutil.copy(HERE / "llava-toy" / name, folder)
     torch.manual_seed(0)
-    sizes = LLaVA.read_config(work, config)
-    llava = LLaVA(sizes, LLaVA.read_tokenizer(work, sizes))
+    _, config = read_config(folder)
+    llava = LLaVA(config, LLaVA.read_tokenizer(folder, config))
     into_stream = ("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight")
     for name, p in llava.named_parameters():
         if name.endswith(("class_embedding", "position_embedding.weight", "embed_tokens.weight")):
@@ -641,66 +601,49 @@ def build(work):
     return llava
 
 
-def export(llava, work, out):
-    """The Hugging Face layout in float16, with what of the tower is stored and never run."""
+def save(llava, path):
+    """Write weights in the Hugging Face layout, float16, with zeros for what is never run."""
     tensors = {}
+    last = llava.config.vision["num_hidden_layers"] - 1
     for name, p in llava.state_dict().items():
         name = name.replace("language_model.", "language_model.model.")
         name = name.replace("vision_tower.", "vision_tower.vision_model.")
-        tensors[name.replace("lm_head", "language_model.lm_head")] = p
-    last = TOWER["num_hidden_layers"] - 1
-    for name in [n for n in tensors if f"encoder.layers.{last - 1}." in n]:
-        unused = name.replace(f"layers.{last - 1}.", f"layers.{last}.")
-        tensors[unused] = torch.zeros_like(tensors[name])
-    norm = "vision_tower.vision_model.post_layernorm"
-    for part in ("weight", "bias"):
-        tensors[f"{norm}.{part}"] = torch.zeros(TOWER["hidden_size"])
-    out.mkdir(parents=True, exist_ok=True)
-    halves = {k: v.to(torch.float16).contiguous() for k, v in tensors.items()}
-    save_file(halves, out / "model.safetensors", metadata={"format": "pt"})
-    for name in ("config.json", "preprocessor_config.json", "tokenizer.model"):
-        (out / name).write_bytes((work / name).read_bytes())
+        name = name.replace("lm_head", "language_model.lm_head")
+        tensors[name] = p.to(torch.float16)
+        for run, stored in ((f"encoder.layers.{last - 1}.", f"encoder.layers.{last}."),
+                            ("pre_layrnorm", "post_layernorm")):
+            if run in name:
+                tensors[name.replace(run, stored)] = torch.zeros_like(tensors[name])
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Train the toy LLaVA; run it again to go on.",
+    parser = argparse.ArgumentParser(description="Train the toy LLaVA; run it again to resume.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--work", type=Path, default=HERE.parent.parent / "out" / "pretrain",
-                        help="scenes, checkpoints and log of the training")
-    parser.add_argument("--out", type=Path, default=HERE / "llava-toy", help="the finished model")
-    parser.add_argument("--start", type=Path, metavar="FOLDER",
-                        help="a finished toy, to run the phases after `decoder` on")
+                        help="folder for scenes, resume points, the log, and llava-toy/, the model")
     parser.add_argument("--chunks", type=int, default=28,
                         help=f"files of {lessons.CHUNK} scenes to draw of each kind, 2 or more "
                              "(90 MB each, in memory)")
     parser.add_argument("--steps", type=int, help="of every phase: a few, to see whether all runs")
     args = parser.parse_args()
-    (args.work / "chunks").mkdir(parents=True, exist_ok=True)
+    chunks, toy = args.work / "chunks", args.work / "llava-toy"
+    chunks.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(os.cpu_count())
-    phases, kinds = list(PHASES), lessons.KINDS
-    if args.start:
-        phases, kinds = phases[2:], kinds[:1]
-        (args.work / "tokenizer.model").write_bytes((args.start / "tokenizer.model").read_bytes())
-    if args.steps:
-        for phase in PHASES.values():
-            phase.steps = args.steps
-    with ProcessPoolExecutor(2, initializer=os.nice, initargs=(5,)) as makers:
-        made = [makers.submit(lessons.make_chunk, args.work / "chunks", kind, n, cut)
-                for n in range(args.chunks) for kind in kinds]
-    for chunk in made:
-        chunk.result()  # raises what went wrong in a maker
-    llava, heads = build(args.work), Heads()
-    if args.start:
-        llava.load_state_dict(LLaVA.load(args.start, "cpu", "float32").state_dict())
-    pools = [Pool(args.work / "chunks", kind) for kind in lessons.KINDS]
+    with ProcessPoolExecutor(2) as makers:
+        for kind in lessons.KINDS:
+            make = partial(lessons.make_chunk, chunks, kind, cut_crops=cut_crops)
+            list(makers.map(make, range(args.chunks)))  # list() raises what a maker raised
+    llava = build(toy)
+    heads = Heads(llava.config)
+    pools = [Pool(chunks, kind) for kind in lessons.KINDS]
     print(f"{sum(p.numel() for p in llava.parameters()) / 1e6:.2f} million parameters", flush=True)
     with open(args.work / "pretrain.log", "a") as log:
-        if args.start:
-            print(f"from {args.start}", file=log, flush=True)
-        for phase in phases:
+        for phase in PHASES:
+            PHASES[phase].steps = args.steps or PHASES[phase].steps
             train(phase, llava, heads, pools, args.work, log)
-    export(llava, args.work, args.out)
-    print(f"wrote {args.out}")
+    save(llava, toy / "model.safetensors")
+    print(f"wrote {toy}; next: python train.py --ckpt {toy}")
 
 
 if __name__ == "__main__":
