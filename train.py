@@ -53,8 +53,7 @@ def train(m, recipe, questions, run, largest_group=8, max_new_tokens=128):
                                   fused=m.device.type == "cuda", foreach=False)
     run.restore(rpn, optimizer)
 
-    load_sample = partial(read_sample, m, recipe, questions, max_new_tokens)
-    for step, samples in run.steps(load_sample):
+    for step, samples in run.steps(partial(read_sample, m, recipe, questions, max_new_tokens)):
         on_disk = all(sample.number in run.labels for sample in samples)
         counts = torch.zeros(4, dtype=torch.float64)
         optimizer.zero_grad()
@@ -73,12 +72,13 @@ def train(m, recipe, questions, run, largest_group=8, max_new_tokens=128):
                 scores = rpn.score(hidden, prefix.columns, rows, rope)  # 15-17: (b, H, n, N)
             loss = group_loss(scores, labels)  # 13, 18: a sum over the labelled tokens
             loss.backward()
-            known = (labels >= 0).flatten(1)
-            counts += torch.tensor([loss.item(), known.sum(), (~known.any(1)).sum(), len(group)])
+            known = (labels >= 0).flatten(1)  # (b, n*N)
+            unlabelled = (~known.any(1)).sum()
+            counts += counts.new_tensor([loss.item(), known.sum(), unlabelled, len(group)])
         if not on_disk:
             run.write_labels([sample.number for sample in samples])
 
-        loss, labelled, empty, count = run.add_up(counts, rpn.parameters())
+        loss, labelled, *others = run.add_up(counts, rpn.parameters())
         lr = learning_rate(training.lr, training.warmup, step, run.total_steps)
         if labelled:
             for p in rpn.parameters():
@@ -89,7 +89,7 @@ def train(m, recipe, questions, run, largest_group=8, max_new_tokens=128):
                                          "--lr or --dtype float32, with --fresh")
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()  # 19
-        run.record(loss / max(labelled, 1), labelled, empty, count, lr)
+        run.record(lr, loss / max(labelled, 1), labelled, *others)
 
     rpn.eval().requires_grad_(False).to(m.dtype)
     rpn.tau = recipe.tau

@@ -8,10 +8,11 @@ Left out: what is in them.
 import json
 import os
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
-from clip import BadInput, reading
+from clip import reading
 
 
 def write_file(path, write):
@@ -22,16 +23,15 @@ def write_file(path, write):
     partial = path.with_name(path.name[:60] + ".partial")
     umask = os.umask(0)  # the only way to read it is to set it
     os.umask(umask)
-    try:
-        write(partial)
-        partial.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
-        with open(partial, "rb+") as f:
-            os.fsync(f.fileno())
-        partial.replace(path)
-    except (OSError, SafetensorError) as e:
-        raise BadInput(f"{path}: not written ({e}); check the folder and the free space") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with reading(path, "not written; check the folder and the free space"):
+        try:
+            write(partial)
+            partial.chmod(0o666 & ~umask)  # safetensors lets nobody but the owner read a file
+            with open(partial, "rb+") as f:
+                os.fsync(f.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -45,28 +45,22 @@ def write_rows(path, rows):
 
 def save_state(path, modules, optimizer, facts):
     """Write the weights of {name: module}, the optimizer's moments and `facts` to one file."""
-    tensors = {}
-    for name, module in modules.items():
-        for key, tensor in module.state_dict().items():
-            tensors[f"{name}.{key}"] = tensor.contiguous()
+    tensors = dict(nn.ModuleDict(modules).state_dict())
     for i, moments in optimizer.state_dict()["state"].items():
-        for key, tensor in moments.items():
-            tensors[f"adam.{i}.{key}"] = tensor.contiguous()
+        for name, tensor in moments.items():
+            tensors[f"adam.{i}.{name}"] = tensor
     facts = {"run": json.dumps(facts)}
     write_file(path, lambda partial: save_file(tensors, partial, facts))
 
 
 def load_state(path, modules, optimizer):
     """Restore what save_state() wrote, and return its facts. Raises BadInput if damaged."""
+    modules, moments = nn.ModuleDict(modules), {}
     with reading(path, "delete it to start at step 0"), safe_open(path, "pt") as f:
-        for name, module in modules.items():
-            keys = module.state_dict()
-            module.load_state_dict({key: f.get_tensor(f"{name}.{key}") for key in keys})
-        moments = {}
+        modules.load_state_dict({key: f.get_tensor(key) for key in modules.state_dict()})
         for key in f.keys():
             if key.startswith("adam."):
                 _, i, name = key.split(".")
                 moments.setdefault(int(i), {})[name] = f.get_tensor(key).clone()
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
         return json.loads(f.metadata()["run"])
-

@@ -4,7 +4,7 @@
     run.restore(rpn, optimizer)
     for step, samples in run.steps(load):       # load(number) -> a sample, called ahead of time
         loss, *counts = run.add_up(counts, rpn.parameters())
-        run.record(loss, *counts, lr)
+        run.record(lr, loss, *counts)
     run.finish(rpn, facts)
 
     out/<name>/config.json           the settings; its "sdrpn" key marks the folder as a run
@@ -87,7 +87,7 @@ class Run:
         self.steps_per_epoch = math.ceil(self.samples / self.batch)
         self.total_steps = self.epochs * self.steps_per_epoch
         self.step, self.stop, self.lock = 0, False, None
-        self.log = []      # a dict for each step
+        self.rows = []     # of log.jsonl, one for each step
         self.skipped = {}  # {sample: why}
         self.labels = {}   # {sample: (labels (n, N), its n responses)}
         if self.rank == 0:
@@ -161,15 +161,15 @@ class Run:
         path = self.out / "resume.safetensors"
         if path.is_file():
             facts = load_state(path, {"rpn": rpn}, optimizer)
-            self.log, self.skipped = facts["log"], dict(facts["skipped"])
-            self.step = len(self.log)
+            self.rows, self.skipped = facts["rows"], dict(facts["skipped"])
+            self.step = len(self.rows)
             log(f"resuming at step {self.step} of {self.total_steps}; "
                 f"{len(self.labels)} samples have labels")
 
     def save(self):
         """The order of the samples needs no state: it follows from the seed."""
         if self.rank == 0:
-            facts = {"log": self.log, "skipped": list(self.skipped.items())}
+            facts = {"rows": self.rows, "skipped": list(self.skipped.items())}
             save_state(self.out / "resume.safetensors", {"rpn": self.rpn}, self.optimizer, facts)
 
     # ---- the loop
@@ -245,22 +245,23 @@ class Run:
                 self.skipped |= skipped
         return counts.tolist()
 
-    def record(self, loss, tokens, empty, samples, lr):
-        """Log a step: mean loss, labelled tokens, samples without a label, all samples.
+    def record(self, lr, loss, tokens, empty, samples):
+        """Log a step: its mean loss, labelled tokens, samples without a label, all samples.
 
         Raises BadInput if more than max_bad percent of the samples were skipped.
         """
         self.step += 1
         seconds = time.monotonic() - self.began
-        self.log.append({"step": self.step, "loss": loss, "tokens": int(tokens),
-                         "empty": int(empty), "samples": int(samples), "lr": lr,
-                         "seconds": round(seconds, 3)})
+        self.rows.append({"step": self.step, "loss": loss, "tokens": int(tokens),
+                          "empty": int(empty), "samples": int(samples), "lr": lr,
+                          "seconds": round(seconds, 3)})
         if self.rank == 0:
-            write_rows(self.out / "log.jsonl", self.log)
+            write_rows(self.out / "log.jsonl", self.rows)
         each = seconds / (self.step - self.first)
+        left = each * (self.total_steps - self.step)
         log(f"step {self.step}/{self.total_steps} | loss {loss:.4f} | lr {lr:.1e} | "
             f"{empty / max(samples, 1):.0%} of the samples got no label | "
-            f"{self.batch / each:.1f} samples/s | ETA {each * (self.total_steps - self.step):.0f} s")
+            f"{self.batch / each:.1f} samples/s | ETA {left:.0f} s")
         if len(self.skipped) > self.max_bad / 100 * self.samples:
             self.list_skipped()
             raise BadInput(f"{len(self.skipped)} of {self.samples} samples are bad, more than "
