@@ -1,10 +1,10 @@
-"""What the tests of the programs share: a tiny checkpoint with a finished run, and calls of main() that are read.
+"""What the tests of the programs share: a tiny checkpoint with finished runs, and calls of main() that are read.
 
     code, out, err = call(infer, "img.png", "Why?", "--ckpt", made.ckpt)
     one_line(train, *argv(made, run), says="another lr; use --fresh")
 
-"One line" means: exit code 2, and one line on stderr that begins with the program's name and says what the test
-looks for. The checkpoint is fuzz.tiny's, 100 KB with peaked attention.
+"One line" means: exit code 2, and one line on stderr that begins with the program's name and matches what the test
+looks for. The checkpoint takes 100 KB; its attention is peaked enough that labels exist with --max-new-tokens 3.
 """
 import contextlib
 import io
@@ -20,44 +20,97 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
-sys.path[:0] = [str(Path(__file__).resolve().parent)]
+import data.evaluate
+import data.toy.compare
+import infer
+import train
+from data.run import Run
+from formula import CONFIGS, picture, write_checkpoint
+from model import load
+from sdrpn import RPN
 
-import fuzz  # noqa: E402 (also puts the project on the path)
-import infer  # noqa: E402
-import train  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
+ASK = ("What is this?", "Is the red cup left of 12 books?", "And who?")
+RECIPE = {
+    "attention": {"1": [1]}, "sink": {"kind": "norm", "c": 100.0}, "frozen_layers": 2, "rpn_layers": 2, "tau": 0.4,
+    "train": {"lr": 1e-3, "warmup": 0.03, "betas": [0.9, 0.98], "epochs": 2, "batch_size": 4, "grad_accum": 2,
+              "clip": 1.0}}
 
-ROOT = fuzz.ROOT
+
+# ---- little files
+
+def tiny(folder, shards=1):
+    """A checkpoint with its recipe and an untrained RPN; anyone.safetensors is one of no checkpoint in particular."""
+    folder = write_checkpoint(folder, CONFIGS["grouped"], shards=shards)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in tensors:
+            if name.endswith("layers.1.self_attn.q_proj.weight") and "vision" not in name:
+                tensors[name] *= 16
+        save_file(tensors, path, metadata={"format": "pt"})
+    (folder / "recipe.json").write_text(json.dumps(RECIPE))
+    m = load(folder, "cpu", "float32")
+    facts = {"frozen": 2, "layers": 2, "ckpt": folder.name, "tau": RECIPE["tau"]}
+    rpn = RPN.from_layers(m, 2, 2)
+    rpn.save(folder / "anyone.safetensors", facts)
+    rpn.save(folder / "rpn.safetensors", facts | {"fingerprint": m.fingerprint})
+    return folder
+
+
+def question_file(folder, count, name="questions.jsonl"):
+    """`count` questions over small pictures, with answers and boxes; every eighth is a conversation."""
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    lines = [{"images": "."}]
+    for i in range(count):
+        picture(40 + 3 * i % 50, 70 - i % 40, i).save(folder / "pictures" / f"{i}.png")
+        lines.append({
+            "image": f"pictures/{i}.png", "question": list(ASK[:2]) if i % 8 == 7 else ASK[i % 3], "id": f"q{i}",
+            "kind": ASK[i % 3][:3], "answers": ["a cup", "yes"], "boxes": [[2, 3, 20, 30]],
+            "metric": ("exact", "vqa", "anls", "relaxed")[i % 4], "max_new_tokens": 4, "tau": 0.3})
+    write_rows(folder / name, lines)
+    return folder / name
 
 
 def make(folder):
     """ckpt, data (24 questions), image, and two runs: `whole`, undisturbed, of 6 steps, and `half`, stopped after 2."""
     torch.set_num_threads(1)
-    made = SimpleNamespace(ckpt=fuzz.tiny(folder / "llava-tiny"), data=fuzz.question_file(folder / "set", 24),
+    made = SimpleNamespace(ckpt=tiny(folder / "llava-tiny"), data=question_file(folder / "set", 24),
                            image=folder / "set/pictures/0.png", whole=folder / "whole", half=folder / "half")
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(train, "ROOT", folder)
-        m.setattr(train, "report", fuzz.dot)
-        assert fuzz.quiet(train, argv(made, made.whole)) == 0
-        assert fuzz.quiet(train, argv(made, made.half), stop_after=2) == 130
+    with pytest.MonkeyPatch.context() as patch:
+        move(patch, folder)
+        assert call(train, *argv(made, made.whole))[0] == 0
+        patch.setattr(Run, "any_stops", lambda run: run.step == 2)
+        assert call(train, *argv(made, made.half))[0] == 130
     return made
+
+
+def move(patch, folder):
+    """What the programs write by themselves goes to `folder`; report.png is a dot."""
+    for program in (infer, train, data.evaluate):
+        patch.setattr(program, "ROOT", folder)
+    patch.setattr(data.toy.compare, "report", lambda *how: Image.new("RGB", (1, 1)).save(how[4]))
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """What the programs write by themselves goes to tmp_path; report.png is a dot."""
-    for program in (infer, train):
-        monkeypatch.setattr(program, "ROOT", tmp_path)
-    monkeypatch.setattr(train, "report", fuzz.dot)
-    torch.set_num_threads(1)
+    move(monkeypatch, tmp_path)
     before = signal.getsignal(signal.SIGINT)
     yield tmp_path
     signal.signal(signal.SIGINT, before)
 
 
+# ---- calls
+
+def train_argv(ckpt, questions, out, *more):
+    return ["--ckpt", ckpt, "--data", questions, "--out", out, "--max-new-tokens", 3, "--dtype", "float32",
+            "--device", "cpu", *more]
+
+
 def argv(made, out, *more):
-    return fuzz.train_argv(made.ckpt, made.data, out, "--seed", 5, *more)
+    return train_argv(made.ckpt, made.data, out, "--seed", 5, *more)
 
 
 def ask(made, *more):
@@ -69,46 +122,43 @@ def call(program, *words):
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            program.main([str(w) for w in words])
+            program.main([str(word) for word in words])
         except SystemExit as e:
             code = e.code or 0
     return code, out.getvalue(), err.getvalue()
 
 
 def one_line(program, *words, says, code=2):
-    """The call ends with this code and one line that holds these words (a regular expression)."""
+    """The call ends with this code, and its last line on stderr, the only one of the program's, matches `says`."""
     got, _, err = call(program, *words)
-    name = Path(program.__file__).name + ":"
-    lines = [line for line in err.splitlines() if line.startswith(name)]
-    assert got == code and len(lines) == 1, (got, err)
-    assert err.splitlines()[-1] == lines[0] and "Traceback" not in err, err
-    assert re.search(says, lines[0]), lines[0]
-    assert lines[0].isprintable(), lines[0]
+    lines = [line for line in err.splitlines() if line.startswith(Path(program.__file__).name + ":")]
+    assert got == code and len(lines) == 1 and err.splitlines()[-1] == lines[0] and "Traceback" not in err, (got, err)
+    assert re.search(says, lines[0]) and lines[0].isprintable(), lines[0]
 
 
 def shell(*words, folder=ROOT, stdin=None, more=()):
-    """A real process -> its result, as text."""
+    """A real process -> its result, in bytes."""
     words = [sys.executable, *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict(more)
     return subprocess.run(words, cwd=folder, input=stdin, capture_output=True, env=environment, timeout=600)
+
+
+# ---- what a run left
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def weights(run):
     return (run / "rpn.safetensors").read_bytes()
 
 
-def same_rpn(one, two):
-    """Do two runs hold the same tensors, under whatever names of their checkpoints?"""
-    one, two = (load_file(run / "rpn.safetensors") for run in (one, two))
-    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-
-
 def losses(run):
     return [row["loss"] for row in rows_of(run / "log.jsonl")]
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def everything(folder):

@@ -1,278 +1,311 @@
-"""Answers, conversations and scores: nothing is lost or overwritten, and what is said is true.
+"""infer.py: what it promises about answers, pictures, conversations and files of questions.
 
-    python -m pytest tests/test_infer.py      # a quarter of a minute on one core, no network
+    python -m pytest tests/test_infer.py      # half a minute on one core, no network
 """
 import io
 import json
 import os
-import re
 import shutil
+import subprocess
 import sys
-from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
-sys.path[:0] = [str(Path(__file__).resolve().parent)]
-
-import fuzz  # noqa: E402 (also puts the project on the path)
-import infer  # noqa: E402
-import model  # noqa: E402
-import sdrpn  # noqa: E402
-from calls import (ROOT, ask, call, everything, home, one_line, room_for, rows_of,  # noqa: E402, F401
-                   shell)
-from data.files import read_rows  # noqa: E402
-from data.toy.scenes import SIZES, ToyQuestions  # noqa: E402
+import data.draw
+import data.evaluate
+import infer
+import model
+from calls import (ROOT, ask, call, everything, home, one_line, question_file, room_for, rows_of,  # noqa: F401
+                   shell, write_rows)
+from data.toy.scenes import ToyQuestions
+from formula import picture
+from sdrpn import RPN, answer, load_recipe
 
 
 def kept(folder):
-    return sorted(p.name for p in (folder / "out").iterdir() if p.is_file())
+    return sorted(path.name for path in (folder / "out").iterdir() if path.is_file())
 
 
-# ---- pictures of answers
-
-def test_pictures_of_one_stem_and_turns_of_a_conversation_get_a_file_each(made, tmp_path, monkeypatch):
-    other = tmp_path / "0.jpg"
-    Image.open(made.image).save(other)
-    for path in (made.image, other):
-        assert call(infer, path, "Why?", *ask(made))[0] == 0
-    first = everything(tmp_path / "out")
-    assert kept(tmp_path) == ["0.roi-2.png", "0.roi.png"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("What is this?\nAnd who?\n\n"))
-    code, out, err = call(infer, made.image, *ask(made))
-    assert code == 0 and err.count("picture ") == 2 and len(out.split("\n")) >= 3
-    assert kept(tmp_path) == ["0.roi-2.png", "0.roi-3.png", "0.roi-4.png", "0.roi.png"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("What is this?\nAnd who?\n"))
-    assert call(infer, made.image, *ask(made, "--save", tmp_path / "out/talk.jpg"))[0] == 0
-    assert {"talk.jpg", "talk-2.jpg"} < set(kept(tmp_path))
-    now = everything(tmp_path / "out")
-    assert all(now[name] == content for name, content in first.items())
+def type_in(monkeypatch, text):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
 
 
-def test_the_input_is_never_overwritten(made, tmp_path, monkeypatch):
-    own, link = tmp_path / "own.png", tmp_path / "link.png"
-    own.write_bytes(made.image.read_bytes())
+# ---- one question
+
+def test_the_answer_is_printed_before_anything_is_drawn(made, monkeypatch):
+    def draw(*how):
+        raise OSError("no room")
+    want = call(infer, made.image, "Why?", *ask(made, "--save", "none"))
+    monkeypatch.setattr(data.draw, "answer_picture", draw)
+    code, out, err = call(infer, made.image, "Why?", *ask(made))
+    assert want[0] == 0 and want[1] and (code, out) == (2, want[1]) and err.endswith("infer.py: no room\n")
+
+
+def test_flags_may_stand_anywhere_and_save_none_draws_nothing(made, tmp_path):
+    flags, outs = ask(made, "--mode", "box", "--save", "none"), []
+    for words in ([made.image, "Why?", *flags], [made.image, *flags, "Why?"], [*flags, made.image, "Why?"]):
+        code, out, err = call(infer, *words)
+        assert code == 0, err
+        outs.append(out)
+    assert outs[0] and len(set(outs)) == 1 and not (tmp_path / "out").exists()
+
+
+def test_json_is_one_object_with_the_answer_and_the_boxes(made):
+    for mode in ("mask", "box", "plain"):
+        code, out, _ = call(infer, made.image, "Why?", *ask(made, "--json", "--mode", mode, "--tau", 0.2))
+        found = json.loads(out)
+        plain = mode == "plain"
+        m = model.load(made.ckpt, "cpu")
+        rpn = None if plain else RPN.load(made.ckpt, m)
+        want = answer(m, rpn, infer.load_image(made.image), "Why?", mode, None if plain else 0.2, 2)
+        assert code == 0 and found.pop("ms").keys() == {"prefill", "answer"}
+        assert found == {"answer": want.text, "boxes": [list(box) for box in want.boxes], "mode": mode,
+                         "tau": None if plain else 0.2, "ckpt": str(made.ckpt),
+                         "rpn": None if plain else str(made.ckpt / "rpn.safetensors")}
+    assert mode == "plain" and len(want.boxes) == 0
+
+
+def test_no_picture_takes_the_name_of_another(made, tmp_path):
+    """Also in processes that run at the same moment."""
+    names = [tmp_path / f"{i}" / "one.png" for i in range(4)]
+    for name in names:
+        name.parent.mkdir()
+        shutil.copy(made.image, name)
+    code = f"import infer; from pathlib import Path; infer.ROOT = Path({str(tmp_path)!r}); infer.main()"
+    words = [[sys.executable, "-c", code, name, "Why?", *map(str, ask(made))] for name in names]
+    running = [subprocess.Popen(w, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for w in words]
+    answers = {process.communicate()[0] for process in running}
+    assert len(answers) == 1 and answers.pop().strip() and not any(process.returncode for process in running)
+    assert kept(tmp_path) == ["one.roi-2.png", "one.roi-3.png", "one.roi-4.png", "one.roi.png"]
+    for name in kept(tmp_path):
+        Image.open(tmp_path / "out" / name).load()
+
+
+def test_save_names_the_picture_and_never_overwrites_the_input(made, tmp_path):
+    own, link = tmp_path / "own.png", tmp_path / "link.jpg"
+    shutil.copy(made.image, own)
     link.symlink_to(own)
-    monkeypatch.chdir(tmp_path)
     before = everything(tmp_path)
-    for image, save in ((own, own), (own, "own.png"), (own, link), (link, own), (own, "./x/../own.png")):
-        (tmp_path / "x").mkdir(exist_ok=True)
-        one_line(infer, image, "Why?", *ask(made, "--save", save), says="is the input, which is never overwritten")
-    assert everything(tmp_path) == before
-
-
-def test_the_suffix_says_the_format_or_is_refused(made, tmp_path):
-    for suffix, form in ((".png", "PNG"), (".JPG", "JPEG"), (".webp", "WEBP")):
-        path = tmp_path / f"a{suffix}"
-        assert call(infer, made.image, "Why?", *ask(made, "--save", path))[0] == 0
-        with Image.open(path) as saved:
-            assert saved.format == form
-    before = everything(tmp_path)
-    for name in ("a", "a.txt", "a.safetensors", ".png"):
-        one_line(infer, made.image, "Why?", *ask(made, "--save", tmp_path / name), says="no format of a picture")
-    assert everything(tmp_path) == before
-
-
-def test_a_picture_that_can_not_be_written(made, tmp_path):
+    for name in ("own.png", "x/../own.png", "link.jpg", "a.txt"):
+        says = "suffix|written as" if name == "a.txt" else "input picture"
+        one_line(infer, own, "Why?", *ask(made, "--save", tmp_path / name), says=says)
     with room_for(1000):
-        one_line(infer, made.image, "Why?", *ask(made, "--save", tmp_path / "a.png"),
-                 says="too large; check the path, the rights and the free space")
-    assert not list(tmp_path.iterdir())
-    one_line(infer, made.image, "Why?", *ask(made, "--save", made.image / "a.png"), says=r"directory|exists")
+        code, out, err = call(infer, own, "Why?", *ask(made, "--save", tmp_path / "full.png"))
+    assert code == 2 and out and "full.png: not written" in err and everything(tmp_path) == before
+    assert call(infer, own, "Why?", *ask(made, "--save", tmp_path / "new.webp"))[0] == 0
+    assert Image.open(tmp_path / "new.webp").format == "WEBP"
 
 
-# ---- answers
+def test_explain_draws_every_step(made, tmp_path, monkeypatch):
+    drawn, draw = [], data.draw.explain_picture
+    monkeypatch.setattr(data.draw, "explain_picture", lambda steps: drawn.append(steps) or draw(steps))
+    code, out, err = call(infer, made.image, "Why?", *ask(made, "--explain", "--tau", 0.1))
+    assert code == 0 and kept(tmp_path) == ["0.explain.png"], err
+    m = model.load(made.ckpt, "cpu")
+    alone = infer.explain_teacher(m, load_recipe(made.ckpt), infer.load_image(made.image), "Why?", 2)
+    steps = vars(drawn[0])
+    assert steps["response"] == alone["response"] and steps["two_stage"] == out.strip() and steps["tau"] == 0.1
+    for name in ("raw", "clean", "labels", "sinks"):
+        assert torch.allclose(torch.tensor(steps[name]), torch.tensor(alone[name]), atol=1e-6), name
+    one_line(infer, made.image, "Why?", *ask(made, "--explain", "--mode", "plain"), says="--explain")
 
-def test_stdin_that_is_not_text(made, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
-    one_line(infer, made.image, *ask(made), says="stdin or stdout .*PYTHONIOENCODING=utf-8")
 
-
-def test_answers_kinds_and_file_names_can_not_control_the_terminal(made, tmp_path, monkeypatch):
-    evil = "\x1b]0;owned\x07\x9b2J\u202e"
-    monkeypatch.setattr(model.LLaVA, "detokenize", lambda m, ids: f"one\ntwo {evil}")
-    image = tmp_path / f"a{evil}.png"
-    image.write_bytes(made.image.read_bytes())
+def test_answers_and_names_can_not_control_the_terminal(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(model.LLaVA, "detokenize", lambda m, ids: "one\ntwo \x1b]0;owned\x07 क\u200dष")
+    image = tmp_path / "a\x1b[2J.png"
+    shutil.copy(made.image, image)
     code, out, err = call(infer, image, "Why?", *ask(made))
-    assert code == 0 and out == "one\ntwo \\x1b]0;owned\\x07\\x9b2J\\u202e\n"
-    lines = rows_of(made.data)
-    lines[1]["kind"] = f"kind{evil}"
-    data = made.data.parent / f"evil{evil}.jsonl"
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    code, said, more = call(infer, "--eval", data, "--limit", 3, *ask(made))
-    assert code == 0 and "\\x1b]0;owned" in more
-    for text in (out, err, said, more):
-        assert all(c.isprintable() or c == "\n" for c in text), text
-    lines[1]["image"] = f"none{evil}.png"
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    one_line(infer, "--eval", data, *ask(made), says=r"question 1: .*none\\x1b\]0;owned\\x07\\x9b2J\\u202e.png: ")
+    assert code == 0 and out == "one\ntwo \\x1b]0;owned\\x07 क\u200dष\n" and "\\x1b[2J" in err and "\x1b" not in err
 
 
 def test_the_toy_says_what_it_does_not_know(tmp_path):
-    note, size = "the toy knows only its own scenes", (640, 427)
-    assert size not in SIZES
-    Image.new("RGB", size, "red").save(tmp_path / "photo.png")
     ToyQuestions("test", 6)[0][0].save(tmp_path / "scene.png")
-    for name, mode, times in (("photo.png", "mask", 1), ("photo.png", "plain", 1), ("scene.png", "mask", 0)):
-        words = "--ckpt", "toy", "--device", "cpu", "--mode", mode, "--max-new-tokens", 2
-        code, out, err = call(infer, tmp_path / name, "What number is on the star?", *words)
-        assert code == 0 and err.count(note) == times and note not in out, err
+    Image.new("RGB", (640, 427), "red").save(tmp_path / "photo.png")
+    for name, question, times in (("scene.png", "What number is on the star?", 0), ("scene.png", "Who is it?", 1),
+                                  ("photo.png", "What number is on the star?", 1)):
+        for mode in ("mask", "plain"):
+            words = "--mode", mode, "--max-new-tokens", 2, "--device", "cpu", "--save", "none"
+            code, _, err = call(infer, tmp_path / name, question, *words)
+            assert code == 0 and err.count("the toy knows only its own scenes") == times, err
 
 
-def test_numbers_that_are_not_finite_stop_an_answer(made, monkeypatch):
-    for target, name, wrong, says in (
-            (model.LLaVA, "head", lambda llava, x: x.new_full((len(x), 407), float("inf")),
-             "the model's logits are not finite in float32; try --dtype"),
-            (sdrpn.RPN, "score", lambda *_: torch.full((1, 6, 1, 36), float("nan")),
-             "its map is not finite in float32; try --dtype")):
-        with monkeypatch.context() as m:
-            m.setattr(target, name, wrong)
-            one_line(infer, made.image, "Why?", *ask(made), says=says)
-            one_line(infer, "--eval", made.data, *ask(made), says=f"questions.jsonl: question 1: .*{says[-30:]}")
+# ---- a conversation
+
+def test_a_conversation_prefills_its_picture_once(made, tmp_path, monkeypatch):
+    prefills, prefill, calls = [], model.LLaVA.prefill, []
+    monkeypatch.setattr(model.LLaVA, "prefill", lambda m, *a, **k: prefills.append(1) or prefill(m, *a, **k))
+    monkeypatch.setattr(infer, "answer", lambda *a, **k: calls.append(a) or answer(*a, **k))
+    type_in(monkeypatch, b"What is this?\nAnd who?\n\nnever asked\n")
+    code, out, err = call(infer, made.image, *ask(made, "--save", tmp_path / "talk.png"))
+    assert code == 0 and len(prefills) == 1 and err.count("picture ") >= 2, err
+    m, shot = model.load(made.ckpt, "cpu"), infer.load_image(made.image)
+    rpn = RPN.load(made.ckpt, m)
+    first = answer(m, rpn, shot, "What is this?", max_new_tokens=2).text
+    second = answer(m, rpn, shot, "And who?", max_new_tokens=2, history=[("What is this?", first)]).text
+    assert out == f"{infer.printable(first)}\n{infer.printable(second)}\n"
+    assert (tmp_path / "talk.png").is_file() and (tmp_path / "talk-2.png").is_file()
+    type_in(monkeypatch, b"caf\xe9\n")
+    one_line(infer, made.image, *ask(made), says="utf-8")
 
 
-# ---- scores
+# ---- which RPN answers
 
-def the_file(folder):
-    (file,) = (folder / "out/eval").glob("*.jsonl")
-    return file
+def test_which_rpn_answers(made, tmp_path, monkeypatch):
+    def chosen(*words):
+        code, out, err = call(infer, made.image, "Why?", "--json", "--save", "none", "--max-new-tokens", 2, *words)
+        assert code == 0, err
+        return json.loads(out)["rpn"], err
 
-
-def without_times(rows):
-    for row in rows:
-        for name in ("plain", "two_stage"):
-            row[name].pop("seconds", None)
-    return rows
-
-
-def test_eval_goes_on_and_scores_nothing_twice(made, tmp_path, monkeypatch):
-    asked, answer, how = [], infer.answer, ["--eval", made.data, "--limit", 6, *ask(made)]
-    monkeypatch.setattr(infer, "answer", lambda *a: asked.append(a[3]) or answer(*a))
-    code, out, err = call(infer, *how)
-    want, file = json.loads(out), the_file(tmp_path)
-    rows, each = file.read_text().splitlines(), len(asked)
-    assert code == 0 and want["questions"] == 6 and each == 12
-    assert [json.loads(r)["n"] for r in rows] == list(range(6)) and f"answers: {file}" in err
-
-    def again(text, fewer):
-        file.write_text(text)
-        asked.clear()
-        code, out, err = call(infer, *how)
-        assert code == 0 and len(asked) == fewer and json.loads(out) == want, (asked, err)
-        assert sorted(row["n"] for row in rows_of(file)) == list(range(6))
-        assert [file] == list(file.parent.iterdir()) and f"answers: {file}" in err
-    again("\n".join(rows) + "\n", 0)
-    again("\n".join(rows[:3]) + "\n" + rows[3][:40], 6)  # cut off in the fourth line
-    again("\n".join(rows[:5]) + "\n" + rows[5], 2)  # whole, but for the end of the line
-    again("\n".join([rows[0], "\0" * 50, '{"n"', *rows[2:]]) + "\n", 2)  # blocks lost by the file system
-    asked.clear()
-    how[3] = 8  # two questions more: six are scored already, the second of these has two turns
-    assert call(infer, *how)[0] == 0 and len(asked) == 2 * 3 and the_file(tmp_path) == file
-    (tmp_path / "out/eval/x").mkdir()
-    assert call(infer, *how, "--tau", "0.9")[0] == 0
-    assert len(list(file.parent.iterdir())) == 3  # another setting, another file
-    file.write_text(json.dumps({"n": 0}) + "\n")
-    one_line(infer, *how, says=f"{file.name}: what an earlier run scored is damaged; use --fresh")
-    assert call(infer, *how, "--fresh")[0] == 0
+    def trained(name, ckpt, rpn):
+        run = tmp_path / "out" / name
+        run.mkdir(parents=True)
+        shutil.copy(rpn, run)
+        (run / "config.json").write_text(json.dumps({"ckpt": str(ckpt)}))
+        (tmp_path / "out/last").write_text(f"{name}\n")
+        return str(run / "rpn.safetensors")
+    toy = ROOT / "data/toy/llava-toy/rpn.safetensors"
+    one_line(infer, made.image, "Why?", "--rpn", "last", says="nothing has been trained; train first: python train.py")
+    assert chosen()[0] == str(toy) and str(toy) in chosen()[1]
+    assert chosen("--ckpt", made.ckpt)[0] == str(made.ckpt / "rpn.safetensors")
+    own = trained("llava-tiny", made.ckpt, made.ckpt / "rpn.safetensors")
+    assert chosen("--rpn", "last")[0] == chosen("--ckpt", made.ckpt)[0] == own and chosen()[0] == str(toy)
+    assert chosen("--rpn", made.ckpt / "anyone.safetensors", "--ckpt", made.ckpt)[0].endswith("anyone.safetensors")
+    mine = trained("elsewhere", "toy", toy)
+    assert chosen()[0] == mine
+    os.remove(mine)
+    assert chosen()[0] == str(toy) and "passed over" in chosen()[1]
+    bare = shutil.copytree(made.ckpt, tmp_path / "bare")
+    (bare / "rpn.safetensors").unlink()
+    one_line(infer, made.image, "Why?", "--ckpt", bare, says="no RPN; train one: python train.py --ckpt .*bare")
 
 
-def test_a_stored_score_is_not_shown_again_after_something_changed(made, tmp_path, monkeypatch):
-    """The code, the pictures, the RPN or a setting: each is another file of answers."""
+# ---- a file of questions
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Every call of answer() by an evaluation: (question, mode, tau)."""
+    calls = []
+    monkeypatch.setattr(data.evaluate, "answer", lambda *a, **k: calls.append(a[3:6]) or answer(*a, **k))
+    return calls
+
+
+def evaluated(made, *more, data=None):
+    code, out, err = call(infer, "--eval", data or made.data, *ask(made, *more))
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1]), err
+
+
+def test_one_prefix_gives_the_answers_of_many(made, tmp_path):
+    """Six questions about two pictures, in both modes: as if each had been asked alone."""
+    asked = "Who?", "What is this?", "x"
+    lines = [{"image": f"{i // 3}.png", "question": asked[i % 3], "id": i} for i in range(6)]
+    data = tmp_path / "six.jsonl"
+    write_rows(data, lines)
+    for i in range(2):
+        picture(60, 40 + 9 * i, i).save(tmp_path / f"{i}.png")
+    evaluated(made, "--out", tmp_path / "out.jsonl", "--mode", "box", data=data)
+    m = model.load(made.ckpt, "cpu")
+    rpn = RPN.load(made.ckpt, m)
+    for line, row in zip(lines, rows_of(tmp_path / "out.jsonl"), strict=True):
+        shot = infer.load_image(tmp_path / line["image"])
+        want = answer(m, rpn, shot, line["question"], "box", max_new_tokens=2)
+        assert row.keys() == {"image", "id", "question", "plain", "two_stage", "boxes", "tau", "ms", "scores"}
+        assert row["two_stage"] == want.text and row["boxes"] == [list(box) for box in want.boxes]
+        assert row["plain"] == m.generate(shot, line["question"], 2) and row["id"] == line["id"]
+        assert row["tau"] == 0.4 and row["scores"] == {"plain": None, "two_stage": None}
+
+
+def test_nothing_is_asked_twice(made, tmp_path, asked):
+    """A stopped evaluation resumes; a changed line, picture or setting asks again what depends on it, and no more."""
     data = shutil.copytree(made.data.parent, tmp_path / "set") / made.data.name
-    project = fuzz.product(tmp_path / "project")
-    monkeypatch.setattr(infer, "__file__", str(project / "infer.py"))
-    ckpt, asked, answer = shutil.copytree(made.ckpt, tmp_path / "llava-tiny"), [], infer.answer
-    monkeypatch.setattr(infer, "answer", lambda *a: asked.append(1) or answer(*a))
 
-    def scored(*more):
-        """How many questions are asked in two ways each."""
+    def asks(count, *more):
         asked.clear()
-        code, _, err = call(infer, "--eval", data, "--limit", 2, *ask(made, "--ckpt", ckpt, *more))
-        assert code == 0 and ("going on" in err) == (len(asked) == 0), err
-        return len(asked) / 2
+        summary, _ = evaluated(made, "--limit", 6, *more, data=data)
+        assert len(asked) == count, asked
+        return summary
+    want = asks(12)
+    assert want["questions"] == 6 and asks(0) == want
+    for file in (tmp_path / "out/eval").iterdir():  # cut off in the fifth line of answers
+        text = file.read_text().split("\n")
+        assert json.loads(text[0])["mode"] in file.name and len(text) == 7
+        file.write_text("\n".join(text[:5]) + "\n" + text[5][:30])
+    assert asks(4) == want
+    rows = rows_of(data)
+    write_rows(data, [*rows[:2], rows[2] | {"question": "Who?"}, *rows[3:]])
+    asks(2)
+    write_rows(data, [rows[0], *rows[2:]])  # a line less: the lines behind move up, and one of them is new
+    asks(2)
+    os.utime(data.parent / rows[3]["image"], ns=(1, 1))
+    asks(2)
+    asks(6, "--tau", "0.2")  # plain answers serve every tau
+    asks(6, "--mode", "box")
+    asks(12, "--dtype", "float64")
+    asks(0, "--tau", "0.2")
+    asks(12, "--fresh")
+    assert len(list((tmp_path / "out/eval").iterdir())) == 6
 
-    assert scored() == 2 and scored() == 0
-    for name in ("clip.py", "model.py", "sdrpn.py", "infer.py", "data/metrics.py"):
-        (project / name).write_text((project / name).read_text() + "# changed\n")
-        assert scored() == 2 and scored() == 0, name
-    picture = data.parent / rows_of(data)[2]["image"]
-    Image.open(picture).transpose(Image.Transpose.ROTATE_180).save(picture)
-    assert scored() == 2 and scored() == 0
-    os.utime(picture, ns=(1, 1))
-    assert scored() == 2 and scored() == 0
-    shutil.copy(ckpt / "anyone.safetensors", ckpt / "rpn.safetensors")
-    assert scored() == 2 and scored() == 0
-    assert scored("--fresh") == 2 and scored() == 0
+
+def test_which_tau_a_question_is_asked_with(made, tmp_path, asked):
+    ckpt, data = shutil.copytree(made.ckpt, tmp_path / "llava-tiny"), tmp_path / "taus.jsonl"
     recipe = json.loads((ckpt / "recipe.json").read_text())
-    (ckpt / "recipe.json").write_text(json.dumps(recipe | {"tau": 0.2}))
-    assert scored() == 2 and scored() == 0
-    with open(ckpt / "tokenizer.model", "ab") as tokenizer:
-        tokenizer.write(b"\x98\x06\x01")  # a field that nothing reads
-    assert scored() == 2 and scored() == 0
-    for more in (["--mode", "box"], ["--tau", "0.9"], ["--max-new-tokens", "3"], ["--dtype", "float64"]):
-        assert scored(*more) == 2 and scored(*more) == 0, more
+    (ckpt / "recipe.json").write_text(json.dumps(recipe | {"taus": {"vstar": 0.3}}))
+    shutil.copy(made.image, tmp_path)
+    write_rows(data, [{"image": "0.png", "question": "Why?"} | own for own in (
+        {}, {"benchmark": "vstar"}, {"benchmark": "pope"}, {"benchmark": "vstar", "tau": 0.2})])
+    for flags, taus in ([], [0.4, 0.3, 0.4, 0.2]), (["--tau", "0.7"], [0.7] * 4):
+        asked.clear()
+        evaluated(made, "--ckpt", ckpt, *flags, data=data)
+        assert [tau for _, mode, tau in asked if mode == "mask"] == taus
 
 
-def test_an_evaluation_asks_each_kind_with_its_own_tau(made, tmp_path, monkeypatch):
-    ckpt, asked, answer = shutil.copytree(made.ckpt, tmp_path / "llava-tiny"), [], infer.answer
-    recipe, lines = json.loads((ckpt / "recipe.json").read_text()), rows_of(made.data)[1:4]
-    kinds = {"text": {"tau": 0.3}, "natural": {"tau": 0.4}}
-    (ckpt / "recipe.json").write_text(json.dumps(recipe | {"kinds": kinds}))
-    monkeypatch.setattr(infer, "answer", lambda *a: asked.append(a[4:6]) or answer(*a))
-    data = tmp_path / "kinds.jsonl"
-    told = ({"kind": "natural"}, {"kind": "unheard of"}, {"kind": "natural", "tau": 0.2})
-    lines = [{"image": line["image"], "question": "Why?", "answers": ["a"]} | own for line, own in zip(lines, told)]
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    code, _, err = call(infer, "--eval", data, "--images", made.data.parent, *ask(made, "--ckpt", ckpt))
-    assert code == 0 and [tau for mode, tau in asked if mode == "mask"] == [0.4, 0.3, 0.2], err
+def test_a_picture_that_can_not_be_read_is_skipped_named_and_counted(made, tmp_path):
+    data, lines = tmp_path / "some.jsonl", rows_of(made.data)
+    lines[2]["image"] = "none.png"
+    lines[4]["question"] = "why " * 900
+    write_rows(data, lines)
+    flags = "--images", made.data.parent, "--limit", 20
+    summary, err = evaluated(made, *flags, "--max-bad", 10, data=data)
+    assert summary["questions"] == 18 and "line 3 " in err and "none.png: " in err and "line 5 " in err, err
+    one_line(infer, "--eval", data, *ask(made, *flags), says="1 of 20 questions .* --max-bad 1.0 %; line 3: .*none.png")
 
 
-def test_eval_on_a_full_disk(made, tmp_path):
-    how = ["--eval", made.data, "--limit", 3, *ask(made)]
-    with room_for(600):
-        one_line(infer, *how, says="File too large; check the path, the rights and the free space")
-    assert call(infer, *how)[0] == 0
-    assert sorted(row["n"] for row in rows_of(the_file(tmp_path))) == [0, 1, 2]
-
-
-def torchrun(folder, *words, processes=2):
-    """infer.py below torchrun, its ROOT moved to `folder` -> the result."""
-    (folder / "moved.py").write_text(
-        f"import os, sys\nsys.path[:0] = [{str(ROOT)!r}]\nimport infer\nfrom pathlib import Path\n"
-        f"infer.ROOT = Path({str(folder)!r})\nscore = infer.score\n"
-        "def failing(m, rpn, args, q, number, root):\n"
-        "    if str(number) == os.environ.get('FAIL_AT'):\n        raise infer.BadInput('had enough')\n"
-        "    return score(m, rpn, args, q, number, root)\ninfer.score = failing\ninfer.main()\n")
-    return lambda **more: shell("-m", "torch.distributed.run", "--nproc_per_node", processes, folder / "moved.py",
-                                *words, more=more)
-
-
-def test_two_processes_score_what_one_does_and_go_on(made, tmp_path):
-    how = ["--eval", made.data, "--limit", 7, *ask(made)]
-    code, out, _ = call(infer, *how)
-    want, one = json.loads(out), the_file(tmp_path)
-    rows = without_times(rows_of(one))
+def test_two_processes_answer_what_one_does(made, tmp_path):
+    want, _ = evaluated(made, "--limit", 7)
+    files = sorted((tmp_path / "out/eval").iterdir())
     two = tmp_path / "two"
     two.mkdir()
-    run = torchrun(two, *how)
-    failed = run(FAIL_AT="5")  # the third question of the second process
-    said = failed.stderr.decode()
-    assert failed.returncode != 0 and said.count("infer.py: ") == 1 and "question 6: had enough" in said, said
-    done = run()
-    said = done.stderr.decode()
-    assert done.returncode == 0, said
+    (two / "moved.py").write_text(
+        f"import sys\nsys.path[:0] = [{str(ROOT)!r}]\nimport data.evaluate, infer\nfrom pathlib import Path\n"
+        f"infer.ROOT = data.evaluate.ROOT = Path({str(two)!r})\ninfer.main()\n")
+    done = shell("-m", "torch.distributed.run", "--nproc_per_node", 2, two / "moved.py", "--eval", made.data,
+                 "--limit", 7, *ask(made))
+    assert done.returncode == 0, done.stderr.decode()
     (line,) = done.stdout.decode().splitlines()
-    assert {k: v for k, v in json.loads(line).items() if "second" not in k} == \
-        {k: v for k, v in want.items() if "second" not in k}
-    file = the_file(two)
-    assert re.search("going on: [2-6] of 7 questions are scored", said) and said.count("answers: ") == 1
-    assert file.name == one.name and without_times(rows_of(file)) == rows
-    assert list(file.parent.iterdir()) == [file]
+    assert json.loads(line) == want
+
+    def answers(file):
+        found = {}
+        for row in rows_of(file)[1:]:
+            found |= row
+        return {key: row["answer"] for key, row in found.items()}
+    for file in files:
+        assert answers(two / "out/eval" / file.name) == answers(file) and len(answers(file)) == 7
 
 
-def test_rows_that_a_crash_spoilt_leave_the_file(tmp_path):
-    path, good = tmp_path / "a.jsonl", ['{"n": 0, "x": 1}', '{"n": 7, "x": 2}']
-    spoilt = ["{", "[]", '{"x": 3}', '{"n": null}', '{"n": "7"}', '{"n": 7.5}', '{"n": Infinity}', "[" * 100_000]
-    path.write_text("\n".join([good[0], *spoilt, good[1], '{"n": 8, "x"']))
-    assert read_rows(path) == {0: {"n": 0, "x": 1}, 7: {"n": 7, "x": 2}}
-    assert path.read_text().splitlines() == good
+def test_an_evaluation_beside_a_fresh_one(made, tmp_path, monkeypatch):
+    """The files of answers vanish while it runs: it still ends with all its answers."""
+    want, _ = evaluated(made, "--limit", 4)
+    loaded, load_image = [], data.evaluate.load_image
+
+    def vanishing(path):
+        loaded.append(path)
+        if len(loaded) == 2:
+            shutil.rmtree(tmp_path / "out/eval")
+            (tmp_path / "out/eval").mkdir()
+        return load_image(path)
+    monkeypatch.setattr(data.evaluate, "load_image", vanishing)
+    summary, _ = evaluated(made, "--limit", 4, "--fresh")
+    assert len(loaded) == 4 and summary == want
