@@ -84,7 +84,6 @@ def load_all(args):
         torch.set_num_threads(1)
     if recipe:
         rpn = RPN.load(path, m)
-        m.budget = recipe.budget or m.budget
     if args.budget and m.budget is None:
         raise BadInput("--budget: this model sees every picture at one size; leave it out")
     m.budget = tuple(sorted(args.budget or ())) or m.budget

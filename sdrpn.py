@@ -479,7 +479,10 @@ class RPN(nn.Module):
 
     @classmethod
     def load(cls, path, m):
-        """Our rpn.safetensors, or a folder as the authors released it. Raises BadInput."""
+        """Our rpn.safetensors, or a folder as the authors released it. Raises BadInput.
+
+        m.budget becomes the one that the RPN was trained with.
+        """
         path = Path(path)
         if (path / "rpn.safetensors").is_file():
             path = path / "rpn.safetensors"
@@ -494,14 +497,13 @@ class RPN(nn.Module):
             if facts.get("fingerprint", m.fingerprint) != m.fingerprint:
                 raise ValueError(f"trained for another checkpoint, {facts.get('ckpt')} with "
                                  f"fingerprint {facts['fingerprint']}; this is {m.fingerprint}")
-            released = released_recipe(type(m), m.config)
-            tau = facts.get("tau", released.get("tau", 0.15))
+            facts = released_recipe(type(m), m.config) | facts  # for the tau and budget it lacks
             with torch.device("meta"):
-                rpn = cls(m.config, facts["frozen"], facts["layers"], tau)
+                rpn = cls(m.config, facts["frozen"], facts["layers"], facts.get("tau", 0.15))
         used = rpn.state_dict().keys() & checkpoint.tensors.keys()  # a whole model may lie there
         checkpoint.tensors = {key: checkpoint.tensors[key] for key in used}
         checkpoint.fill(rpn, m.device, m.dtype)
-        rpn.path = path
+        rpn.path, m.budget = path, facts.get("budget") or m.budget
         return rpn
 
     def save(self, path, facts):

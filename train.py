@@ -93,8 +93,8 @@ def train(m, recipe, questions, run, largest_group=8, max_new_tokens=128):
 
     rpn.eval().requires_grad_(False).to(m.dtype)
     rpn.tau = recipe.tau
-    run.finish(rpn, {"frozen": B, "layers": R, "tau": recipe.tau, "ckpt": m.folder.name,
-                     "fingerprint": m.fingerprint, "settings": run.settings})
+    run.finish(rpn, {"frozen": B, "layers": R, "tau": recipe.tau, "budget": recipe.budget,
+                     "ckpt": m.folder.name, "fingerprint": m.fingerprint, "settings": run.settings})
     return rpn
 
 

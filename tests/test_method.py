@@ -779,6 +779,20 @@ def test_questions_on_one_prefix_are_questions_asked_alone(load, tmp_path, decod
     assert m.generate(shot, "x", 8, (), prefix) == m.generate(shot, "x", 8)
 
 
+def test_no_call_has_a_mask_and_grouped_heads(load, monkeypatch):
+    """No fused CUDA kernel takes both; torch's own rule says what its kernels take."""
+    m, shot, calls, attend = load("grouped"), picture(61, 130, 2), [], F.scaled_dot_product_attention
+
+    def note(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
+        params = torch.backends.cuda.SDPAParams(q, k, v, attn_mask, 0.0, is_causal, enable_gqa)
+        calls.append((attn_mask is not None, enable_gqa, params.enable_gqa))
+        return attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    answer(m, None, shot, "What is this?", max_new_tokens=3, regions=regions_of(two_blobs(6)))
+    assert (True, False, False) in calls and (False, True, True) in calls  # behind the prefix; prefill and decoding
+    assert not any(mask and grouped for mask, grouped, _ in calls)
+
+
 @pytest.mark.parametrize("mode", ["mask", "box"])
 @pytest.mark.parametrize("history", [(), HISTORY])
 def test_the_crop_stands_right_behind_the_image(load, decoded, mode, history):
