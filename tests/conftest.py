@@ -9,7 +9,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "golden")]
+sys.path[:0] = [str(HERE.parent), str(HERE), *(str(HERE / name) for name in ("golden", "paper", "speed"))]
 torch.set_num_threads(1)
 
 
