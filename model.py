@@ -378,6 +378,11 @@ class LLaVA(nn.Module):
                            f"for {limit}; shorten the question or the conversation, "
                            "or lower --max-new-tokens")
 
+    def reserve(self, cache, tokens):
+        """Make room for so many tokens. Raises BadInput if that is more than the model takes."""
+        self.check_length(tokens)
+        cache.length = max(cache.length, tokens)
+
     def run(self, hidden_states, first, last, rope, cache=None, start=0):
         """Decoder layers first..last-1 on hidden states (b, t, D), whose rotary table is `rope`.
 
@@ -426,8 +431,7 @@ class LLaVA(nn.Module):
             prefix = self.prefill(self.pixels(picture)[None])
         tail = self.embed(self.tail(self.prompt_ids(question, history)))  # (1, t, D)
         P, t, cache = prefix.columns.stop, tail.shape[1], prefix.cache
-        self.check_length(P + t + max_new_tokens)
-        cache.length = P + t + max_new_tokens
+        self.reserve(cache, P + t + max_new_tokens)
         rope = self.text_rope(prefix.position, t)
         last = self.run(tail, 0, self.depth, rope, cache, P)[:, -1]
         ids = self.decode(last, cache, P + t, prefix.position + t, max_new_tokens)[0]

@@ -197,8 +197,7 @@ def teach(m, recipe, pixels, prompts, max_new_tokens=128, prefix=None):
     B, sink, cache, columns = recipe.frozen_layers, recipe.sink, prefix.cache, prefix.columns
     tail = torch.cat([m.embed(m.tail(ids)) for ids in prompts])  # (b, t, D)
     P, t = columns.stop, tail.shape[1]
-    m.check_length(P + t + max_new_tokens)
-    cache.length = P + t + max_new_tokens
+    m.reserve(cache, P + t + max_new_tokens)
     rope = m.text_rope(prefix.position, t)
     tail = m.run(tail, 0, B, rope, cache, P)
     last = m.run(tail, B, m.depth, rope, cache, P)[:, -1]  # (b, D)
@@ -590,7 +589,7 @@ def answer(m, rpn, picture, question, mode="mask", tau=None, max_new_tokens=128,
         return Answer(m.generate(picture, question, max_new_tokens, history, prefix), prefix=prefix)
     letterbox, cache, P, logits = Letterbox.of(m, picture), prefix.cache, prefix.columns.stop, None
     text = m.embed(m.tail(m.prompt_ids(question, history)))  # (1, t, D)
-    m.check_length(P + text.shape[1] + max_new_tokens)
+    m.reserve(cache, P + text.shape[1] + max_new_tokens)
 
     position = prefix.position + text.shape[1]
     rope = m.text_rope(prefix.position, text.shape[1])
@@ -602,12 +601,10 @@ def answer(m, rpn, picture, question, mode="mask", tau=None, max_new_tokens=128,
     crops = upscale(m, picture, letterbox, regions, mode, max_regions)
     if crops:  # stage 2: crops and question, over what stood behind the image
         text, rope, position = m.splice(text, prefix.position, crops)  # (1, t, D)
-        m.check_length(P + text.shape[1] + max_new_tokens)
+        m.reserve(cache, P + text.shape[1] + max_new_tokens)
         hidden = m.run(text, 0, B, rope, cache, P)
-    T = P + text.shape[1]
-    cache.length = T + max_new_tokens
-    hidden = m.run(hidden, B, m.depth, rope, cache, P)
-    ids = m.decode(hidden[:, -1], cache, T, position, max_new_tokens)[0]
+    last = m.run(hidden, B, m.depth, rope, cache, P)[:, -1]
+    ids = m.decode(last, cache, P + text.shape[1], position, max_new_tokens)[0]
     return Answer(m.detokenize(ids), crops, logits, regions, prefix)
 
 
