@@ -99,7 +99,7 @@ def converse(m, rpn, recipe, picture, args):
     if rpn:
         tau, layers = args.tau or rpn.tau, {rpn.frozen, *prefix_layers(recipe)}
     prefix, prefill_ms = timed(m, m.prefill, m.pixels(picture)[None], keep=layers)  # once
-    for question in [args.question] if args.question else typed_questions():
+    for question in typed_questions() if args.question is None else [args.question]:
         result, answer_ms = timed(m, answer, m, rpn, picture, question, args.mode, tau, limit,
                                   history, prefix=prefix)
         show(result, args.json, {
@@ -186,7 +186,7 @@ def save_picture(drawing, args):
     from data.draw import save
     stem = "stdin" if args.image in ("-", "/dev/stdin") else Path(args.image).stem
     path = Path(args.save or ROOT / "out" / f"{stem}.{'explain' if args.explain else 'roi'}.png")
-    if not (args.save and args.question):
+    if args.save is None or args.question is None:
         path = take_name(path)
     save(drawing, path)
     log(f"picture {path}")
@@ -212,14 +212,14 @@ def parser():
     add("question", nargs="?", help="in quotes; leave it out to type one question after the other")
     add("--explain", action="store_true", help="draw every step of the method on this question")
     add("--ckpt", help=f"the model: a folder, or one of {', '.join(NAMES)}; default: toy")
-    add("--rpn", help="the network that proposes where to look: rpn.safetensors, a folder as the "
-                      "authors released it, or last, the one trained last; "
-                      "default: the one trained for the model, else the one bundled with it")
+    add("--rpn", help="the network that says where to look again: rpn.safetensors, a folder as the "
+                      "authors released it, or last for the one trained last; default: the one "
+                      "trained for the model, else the one bundled with it")
     add("--mode", choices=("mask", "box", "plain"), default="mask",
-        help="mask: look again at one crop, and only where the map is high; box: look again at "
-             "up to two whole crops; plain: look once; default: mask")
-    add("--tau", type=between_0_and_1, help="how high the map must be for a second look; lower it "
-        "if regions are missed; default: what the RPN was trained with")
+        help="mask: look again at one crop, but only at the parts that the network marks; "
+             "box: at up to two whole crops; plain: look once; default: mask")
+    add("--tau", type=between_0_and_1, help="how sure the network must be to mark a part, 0 to 1; "
+        "lower it if something is missed; default: what the network was trained with")
     add("--budget", type=at_least_1, nargs=2, metavar=("MIN", "MAX"),
         help="pixels of a picture, for models that take any size; default: the model's own")
     add("--max-new-tokens", type=at_least_1,
@@ -239,6 +239,9 @@ def parser():
     add("--max-bad", type=float, default=1.0, metavar="PERCENT",
         help="stop if more of the questions than this can not be answered; default: 1")
     add("--fresh", action="store_true", help="answer again what was answered before")
+    p.epilog = ("The toy knows only the scenes of data/toy/scenes.py and questions like these: "
+                "What number (or word) is on the star? What colour is the dot on the star? What is "
+                "on the star and the ring? Is there a star in the picture?")
     return p
 
 

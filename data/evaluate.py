@@ -71,7 +71,7 @@ def evaluate(m, rpn, recipe, path, images=None, mode="mask", tau=None, limit=Non
                 rows[-1][name]["score"] = metrics.score(q, rows[-1][name]["answer"])
     if out:
         write_text(Path(out), "".join(result_line(row, list(kept)) for row in rows))
-    return metrics.side_by_side(rows, rows, log, m.config)
+    return metrics.side_by_side(rows, rows, log, m.config) if rows else {"questions": 0}
 
 
 def key_of(q, picture):
@@ -132,8 +132,9 @@ def ask_all(m, rpn, questions, root, kept, max_bad):
             return q, e
 
     new = [q for q in questions if not all(q["key"] in answers for answers in kept.values())]
-    log(f"{len(new)} of {len(questions)} questions are new; answers are kept in {ROOT / 'out/eval'}")
-    began, bad, image = time.monotonic(), 0, None
+    folder = kept["plain"].path.parent
+    log(f"{len(new)} of {len(questions)} questions are new; answers are kept in {folder}")
+    began, bad, image = now(m), 0, None
     for n, ((q, picture),) in enumerate(read_ahead(load, ([q] for q in new)), 1):
         try:
             if isinstance(picture, BadInput):
@@ -152,7 +153,7 @@ def ask_all(m, rpn, questions, root, kept, max_bad):
                 raise BadInput(f"{bad} of {len(questions)} questions can not be answered, more "
                                f"than --max-bad {max_bad} %; line {q['line']}: {e}") from None
         if n % max(1, len(new) // 50) == 0 or n == len(new):
-            each = (time.monotonic() - began) / n
+            each = (now(m) - began) / n
             log(f"question {n}/{len(new)} | {each:.3f} s each, sharing prefixes | "
                 f"ETA {each * (len(new) - n):.0f} s")
 
