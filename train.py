@@ -66,10 +66,10 @@ def train(m, recipe, questions, run, largest_group=8, max_new_tokens=128):
                 run.labels |= label_group(m, group, pixels, prefix, max_new_tokens)  # 6-12
             labels, responses = zip(*(run.labels[sample.number] for sample in group))
             labels = torch.stack(labels).to(m.device)  # (b, n, N)
-            hidden, rows, rope = student_states(m, B, group, responses, prefix)  # (b, T, D)
-            hidden = hidden.to(wider(m.dtype))
+            hidden, columns, rows, rope = student_states(m, B, group, responses, prefix)  # 15
+            del prefix  # the backward pass needs its memory
             with torch.autocast(m.device.type, torch.bfloat16, enabled=m.dtype.itemsize == 2):
-                scores = rpn.score(hidden, prefix.columns, rows, rope)  # 15-17: (b, H, n, N)
+                scores = rpn.score(hidden, columns, rows, rope)  # 15-17: (b, H, n, N)
             loss = group_loss(scores, labels)  # 13, 18: a sum over the labelled tokens
             loss.backward()
             known = (labels >= 0).flatten(1)  # (b, n*N)
@@ -168,7 +168,7 @@ def make_targets(lesson, group):
 def student_states(m, B, group, responses, prefix):
     """Line 15: questions and the teacher's answers through layers 0..B-1, behind the pictures.
 
-    -> hidden (b, T, D), the rows of the n query tokens in T, rotary table (2, T, d).
+    -> hidden (b, T, D), the image's columns and the n query tokens' rows in T, rope (2, T, d).
     """
     tails = []
     for sample, answers in zip(group, responses):
@@ -177,8 +177,9 @@ def student_states(m, B, group, responses, prefix):
     tail = torch.cat(tails)  # (b, t, D)
     rope = m.text_rope(prefix.position, tail.shape[1])
     tail = m.run(tail, 0, B, rope, prefix.cache, prefix.columns.stop)
-    hidden = torch.cat([prefix.hidden[B], tail], 1)
-    return hidden, rows, torch.cat([prefix.rope, rope], 1)  # all of the group have these rows
+    hidden = torch.cat([prefix.hidden[B], tail], 1).to(wider(m.dtype))
+    rope = torch.cat([prefix.rope, rope], 1)
+    return hidden, prefix.columns, rows, rope  # the last sample's rows are those of all
 
 
 def group_loss(scores, labels):
