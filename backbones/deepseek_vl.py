@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from backbones.bpe import BPE
-from clip import MEAN, MLP, STD, check_types, pad_to_square, reading, to_tensor
-from model import (LLaVA, decoder_config, expect, is_tied, note_template, read_eos, read_processor,
-                   wider)
+from clip import MEAN, MLP, STD, pad_to_square, reading, to_tensor
+from model import (LLaVA, check_types, decoder_config, expect, from_json, is_tied, note_template,
+                   read_eos, read_processor, wider)
 
 SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the visual "
           "content that the user provides, and assist the user with a variety of tasks using "
@@ -369,7 +369,7 @@ class DeepSeekVL(LLaVA):
         S is SAM's side, or SigLIP's where there is no SAM. Crops are stretched as LLaVA's are: no
         other rule was published.
         """
-        picture, c = picture.convert("RGB"), (self.sam or self.siglip).config
+        c = (self.sam or self.siglip).config
         if box is None:
             return to_unit(resize_and_pad(picture, c.image_size, padding_colour(c)))
         return to_unit(picture.crop(box).resize((c.image_size,) * 2, Image.BILINEAR))
@@ -431,8 +431,7 @@ def read_tower(kind, given):
     """A tower's object in config.json -> its sizes: those it states, else those of its name."""
     expect(given, model_name=[kind.name], select_layer=[-1], select_feature=["same"],
            pixel_mean=[[*kind.mean]], pixel_std=[[*kind.std]])
-    sizes = vars(kind()).items()
-    return kind(**{name: given.get(name, default) for name, default in sizes})
+    return from_json(kind, given)
 
 
 def check_pixels(folder, c):

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from backbones.bpe import BPE
-from clip import MEAN, STD, BadInput, check_types, reading, to_tensor
-from model import (MLP, LLaVA, RMSNorm, decoder_config, expect, is_tied, note_template, read_eos,
-                   read_processor, rope_table, rotate, wider)
+from clip import MEAN, STD, BadInput, reading, to_tensor
+from model import (MLP, LLaVA, RMSNorm, check_types, decoder_config, expect, from_json, is_tied,
+                   note_template, read_eos, read_processor, rope_table, rotate, wider)
 
 SYSTEM = "You are a helpful assistant."
 MERGE = 2  # a token is MERGE x MERGE patches
@@ -295,7 +295,7 @@ class Qwen2_5VL(LLaVA):
             raise BadInput(f"a picture of {w} x {h} pixels: one side is more than {MAX_ASPECT} "
                            "times the other; crop it first")
         height, width = self.resized(picture)
-        return to_tensor(picture.convert("RGB").resize((width, height), Image.BICUBIC))
+        return to_tensor(picture.resize((width, height), Image.BICUBIC))
 
     def resized(self, picture):
         """The (height, width) in pixels to which the budget brings a picture."""
@@ -372,8 +372,7 @@ class Qwen2_5VL(LLaVA):
         expect(rope, type=["mrope", "default"], rope_type=["mrope", "default"])
         expect(vision | (vision.get("rope_parameters") or {}), hidden_act=["silu"],
                spatial_merge_size=[MERGE], in_channels=[3], in_chans=[3], rope_theta=[10000])
-        sizes = vars(VisionConfig()).items()
-        vision = VisionConfig(**{name: vision.get(name, default) for name, default in sizes})
+        vision = from_json(VisionConfig, vision)
         return decoder_config(
             text | {"rope_parameters": {"rope_theta": float(rope["rope_theta"])}},
             model_type="qwen2_5_vl", vision=vision, tied=is_tied(given, text),

@@ -87,8 +87,7 @@ def test_ids_layers_and_logits(case):
     """A prefix and a question behind it, layer by layer; the library runs them as one."""
     case, want, m, shot = case
     ids, image = m.prompt_ids(case["question"], case["history"]), m.config.image_token
-    if "<|" not in case["question"]:
-        assert m.tokenizer.encode(prompt(case["question"], case["history"]), special=True) == ids
+    assert m.tokenizer.encode(prompt(case["question"], case["history"]), special=True) == ids
     prefix = m.prefill(m.pixels(shot)[None], keep=range(m.depth + 1))
     (h, w), tail = prefix.grid, m.tail(ids)
     assert [*ids[:prefix.columns.start], *[image] * (h * w), *tail] == want["ids"].tolist()
@@ -119,8 +118,7 @@ def test_the_second_look_is_a_second_picture(case, monkeypatch):
     found = answer(m, None, shot, case["question"], max_new_tokens=NEW_TOKENS, history=case["history"],
                    regions=regions_of(case, m.grid_of(shot)))
     (crop,), prefix = found.crops, found.prefix
-    assert crop.box == tuple(want["two.crop"].tolist()) and crop.keep.shape == tuple(want["two.grid"])
-    assert crop.keep.flatten().tolist() == want["two.keep"].tolist()
+    assert crop.box == tuple(want["two.crop"].tolist()) and crop.keep.tolist() == want["two.keep"].tolist()
     assert found.text == want["two.tokens"].tolist()
     tail = m.embed(m.tail(m.prompt_ids(case["question"], case["history"])))
     spliced, rope, _ = m.splice(tail, prefix.position, found.crops)
@@ -135,7 +133,7 @@ def test_the_released_rpn_scores_with_rotary_and_biases(case):
     case, want, m, shot = case
     rpn = RPN.load(m.folder, m)
     assert (rpn.frozen, len(rpn.twig_layers)) == case["rpn"]
-    close(rpn(m, shot, case["question"], case["history"]).flatten(), want["rpn"][-1])
+    close(rpn(m, shot, case["question"], case["history"]).flatten(), want["rpn"])
 
 
 @every_case
@@ -151,7 +149,7 @@ def test_the_teacher_reads_the_librarys_attention(case):
 
 # ---- what a folder says
 
-@pytest.mark.parametrize("how", [dict(spelling="memory"), dict(layout="nested"), dict(budget_keys="size")])
+@pytest.mark.parametrize("how", [dict(spelling="memory"), dict(layout="nested")])
 @pytest.mark.parametrize("name", TINY)
 def test_every_layout_and_spelling_is_the_same_model(checkpoint, name, how):
     one, other = checkpoint(name), checkpoint(name, **how)
@@ -198,7 +196,7 @@ def test_the_published_names_load(tmp_path, size):
 def test_true_sizes_and_recipes(tmp_path, name, parameters, rpn_parameters):
     """A file may leave out what the vision config assumes anyway, as transformers 4.49 does."""
     whole = nested(CONFIGS[name])
-    vision = {key: whole["vision_config"][key] for key in ("hidden_size", "out_hidden_size", "model_type")}
+    vision = {key: whole["vision_config"][key] for key in ("hidden_size", "out_hidden_size")}
     configs = []
     for given in (CONFIGS[name], whole, whole | {"vision_config": vision}):
         (tmp_path / "config.json").write_text(json.dumps(given))

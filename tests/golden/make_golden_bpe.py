@@ -1,4 +1,4 @@
-"""Makes bpe.json and deepseek_tokenizer.json: small vocabularies of the two families' shapes, the ids of some texts.
+"""Makes qwen_tokenizer.json, deepseek_tokenizer.json and bpe.json: two small vocabularies, and the ids of some texts.
 
     python tests/golden/make_golden_bpe.py                     # in an environment with tokenizers (0.23)
     python tests/golden/make_golden_bpe.py qwen.tiktoken       # also compares Qwen's whole vocabulary on random texts
@@ -9,7 +9,6 @@ import base64
 import json
 import random
 import sys
-import tempfile
 import unicodedata
 from pathlib import Path
 
@@ -18,9 +17,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent)]
 
-LETTERS = "A-Za-zµÀ-ÖØ-öø-ƺΆΈ-ΊΌΎ-ΡΣ-ώА-ҁҊ-ԯḀ-ἕ"                # the real class holds 2,729 cased letters
-SIGNS = "!-/:-~！-／：-～‘-‟　-。"                                   # as in the real file: `:-~` spans A-Z and a-z
-UNUSED = "øöúÿõ÷ûýÀùÁþü"                                            # what names the bytes that UTF-8 never uses
+from qwen_formula import PIECES, SHORT, SPECIALS, SYSTEM  # noqa: E402
+from backbones.bpe import BPE, byte_letters  # noqa: E402
+
+LETTERS = "A-Za-zµÀ-ÖØ-öø-ƺΆΈ-ΊΌΎ-ΡΣ-ώА-ҁҊ-ԯḀ-ἕ"  # the real class holds 2,729 cased letters
+SIGNS = "!-/:-~！-／：-～‘-‟　-。"  # as in the real file: `:-~` spans A-Z and a-z
+UNUSED = "øöúÿõ÷ûýÀùÁþü"  # what names the bytes that UTF-8 never uses
+DEEPSEEK = ["[\r\n]", rf"\s?[{LETTERS}]+", rf"\s?[{SIGNS}]+", r"\s+$", "[一-龥ࠀ-一가-퟿]+"]
 QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
         r"\s*[\r\n]+|\s+(?!\S)|\s+")
 CORPUS = [
@@ -29,8 +32,8 @@ CORPUS = [
     "red sign over the door?\nAnswer the question using a single word or phrase.\n\nAssistant: exit, it is on the left",
     "What color is the car? dark blue. How many books are there on the table? 40 books, 12 plates and 3 cups",
     "Where is the cat?", "système naïve café", "Où est le chat? Führer, Straße, Öl. naïve cafés",
-    "中文，测试。这是什么？红色的牌子上写着什么？", "12,345.67 + 89 = ???  x_y (a) [b]",
-]
+    "中文，测试。这是什么？红色的牌子上写着什么？", "12,345.67 + 89 = ???  x_y (a) [b]", SYSTEM, SHORT, "system\n", "user\n",
+    "assistant\n", "Who is the author of this book? How many people are there in the picture? There are two. No, yes."]
 TEXTS = [
     "", " ", "  \n", "Hello world", "User: ", "Assistant:", "What is this?\n", "Don't count 12,345 naïve cafés!",
     "e\u0301 Ü ü", "中文，测试。", "Führer", "øöúÿõ÷ûýÀùÁþü", "  two  spaces ", "line\r\n\r\nline\n", "tab\t\tend\t",
@@ -40,15 +43,15 @@ TEXTS = [
 ]
 
 
-def byte_level(rules):
-    return pre_tokenizers.Sequence([*rules, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def finish(tokenizer, special, ordinary, last=()):
+def build(patterns, digits=(), model=None, compose=False):
+    """A byte-level tokeniser with these rules, untrained unless it gets a model."""
+    tokenizer = Tokenizer(model or models.BPE())
+    rules = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*rules, *digits, last])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ordinary])
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in last])
+    if compose:
+        tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
@@ -56,36 +59,19 @@ def train(tokenizer, size, unused=""):
     alphabet = [c for c in pre_tokenizers.ByteLevel.alphabet() if c not in unused]
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    assert tokenizer.get_vocab_size() == size
 
 
-def small_deepseek():
-    tokenizer = Tokenizer(models.BPE())
-    patterns = ["[\r\n]", rf"\s?[{LETTERS}]+", rf"\s?[{SIGNS}]+", r"\s+$", "[一-龥ࠀ-一가-퟿]+"]
-    tokenizer.pre_tokenizer = byte_level([*(pre_tokenizers.Split(Regex(p), "isolated") for p in patterns),
-                                          pre_tokenizers.Digits(individual_digits=True)])
-    train(tokenizer, 380, UNUSED)
-    return finish(tokenizer, ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"], UNUSED, ["<image_placeholder>"])
-
-
-def qwen_rules(tokenizer):
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = byte_level([pre_tokenizers.Split(Regex(QWEN), "isolated")])
-    return tokenizer
-
-
-def small_qwen():
-    tokenizer = qwen_rules(Tokenizer(models.BPE()))
-    train(tokenizer, 360)
-    return finish(tokenizer, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<tool_call>", "</tool_call>"])
+def add(tokenizer, tokens, special):
+    for token in tokens:
+        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
 
 
 def whole_qwen(path):
     """Qwen's published vocabulary: bytes and ranks; a token's pair is what its bytes merge to by lower ranks."""
-    from backbones.bpe import byte_letters
-    letters = byte_letters()
+    letters, merges = byte_letters(), []
     lines = (line.split() for line in Path(path).read_bytes().splitlines())
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    merges = []
     for token, rank in ranks.items():
         parts = [bytes([b]) for b in token]
         while len(parts) > 2:
@@ -94,7 +80,7 @@ def whole_qwen(path):
         if len(parts) == 2:
             merges.append(tuple("".join(letters[b] for b in part) for part in parts))
     vocab = {"".join(letters[b] for b in token): rank for token, rank in ranks.items()}
-    return finish(qwen_rules(Tokenizer(models.BPE(vocab, merges))), ["<|im_start|>"], ["<tool_call>"])
+    return build([QWEN], model=models.BPE(vocab, merges), compose=True)
 
 
 def random_text(rng):
@@ -108,27 +94,33 @@ def random_text(rng):
     return text
 
 
-def compare(name, tokenizer, count=20_000):
-    from backbones.bpe import BPE
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(f"{folder}/tokenizer.json")
-        ours, rng, off = BPE(f"{folder}/tokenizer.json"), random.Random(0), 0
-    for _ in range(count):
+def compare(name, tokenizer):
+    """Save a tokeniser, and count the random texts that the project's encodes in another way."""
+    tokenizer.save(str(HERE / name), pretty=False)
+    ours, rng, off = BPE(HERE / name), random.Random(0), 0
+    for _ in range(20_000):
         text = random_text(rng)
         off += ours.encode(text, special=True) != tokenizer.encode(text, add_special_tokens=False).ids
-    print(f"{name}: {off} of {count} random texts differ")
+    print(f"{name}: {off} of 20000 random texts differ")
 
 
 def main():
-    made, golden = {"deepseek": small_deepseek(), "qwen": small_qwen()}, {}
-    for name, tokenizer in made.items():
-        compare(name, tokenizer)
+    deepseek, qwen = build(DEEPSEEK, [pre_tokenizers.Digits(individual_digits=True)]), build([QWEN], compose=True)
+    train(deepseek, 380, UNUSED)
+    add(deepseek, ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"], True)
+    add(deepseek, UNUSED, False)
+    add(deepseek, ["<image_placeholder>"], True)
+    train(qwen, PIECES)
+    add(qwen, SPECIALS, True)
+    add(qwen, ["<tool_call>", "</tool_call>"], False)
+    golden = {"texts": TEXTS}
+    for name, tokenizer in ("deepseek", deepseek), ("qwen", qwen):
+        compare(f"{name}_tokenizer.json", tokenizer)
         golden[name] = [tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
-    made["deepseek"].save(str(HERE / "deepseek_tokenizer.json"), pretty=False)
-    golden = {"texts": TEXTS, **golden, "qwen_tokenizer": json.loads(made["qwen"].to_str())}
     (HERE / "bpe.json").write_text(json.dumps(golden, ensure_ascii=False) + "\n")
-    if len(sys.argv) > 1:
-        compare("qwen.tiktoken", whole_qwen(sys.argv[1]))
+    for path in sys.argv[1:]:
+        compare("whole_qwen.json", whole_qwen(path))
+        (HERE / "whole_qwen.json").unlink()
 
 
 if __name__ == "__main__":
