@@ -29,7 +29,7 @@ GRID, SIDE, CHUNK = 12, 168, 256
 KINDS = {"scenes": "pairs", "crowded": "crowded", "pages": "page"}  # kind -> its random stream
 VIEWS = 4  # the whole picture, two crops, one crop that is masked
 CROPS = {"none": [0], "one": [0, 1], "two": [0, 1, 2], "masked": [0, 3]}  # views in one sequence
-FONT_PX, DOT_PX = (14, 48), (5, 15)  # larger than in the scenes of the RPN: this is to learn to read
+FONT_PX, DOT_PX = (14, 48), (5, 15)  # larger than in the RPN's scenes: the tower learns to read
 TEXTS = [*"0123456789", *scenes.WORDS]
 # What a patch must name: the shape (or none), its colour, its dot's colour, its text.
 CLASSES = (len(scenes.SHAPES) + 1, len(scenes.COLOURS), len(scenes.COLOURS), len(TEXTS))

@@ -247,7 +247,7 @@ def flat_patches(views):
 
 
 def register_loss(llava, heads, old_tower, batch, rng):
-    """SINKS empty patches of each view become registers, all others stay as the old tower made them.
+    """SINKS empty patches of each view become registers; all others keep the old tower's features.
 
     A register is 5 to 6 times as long as the median and tells which shapes the view shows. The
     tower picks its own among the patches that show the ground alone, but APART. Closer, they would

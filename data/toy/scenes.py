@@ -28,8 +28,6 @@ from PIL import Image, ImageDraw, ImageFont
 # As a script, only this folder is on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.program import log, run_program  # noqa: E402
-from data.questions import write_questions  # noqa: E402
-from model import read_json  # noqa: E402
 
 SIDE = 672  # px of the padded square
 SIZES = [(672, 672), (672, 504), (504, 672), (672, 448), (448, 672), (672, 576), (576, 672)]  # w, h
@@ -63,7 +61,7 @@ PLATE_Y = {"triangle": 0.66, "house": 0.62, "heart": 0.42}  # plate centre / hei
 class ToyQuestions:
     """A stream of questions, made on the fly. Item i is (picture, question) and depends on i alone.
 
-    The kinds take turns, and half of the answers to "exist" are yes.
+    The kinds take turns; yes and no are equally likely.
     A question is {"question": ["What word is on the star?"], "answers": ["cat"], "kind": "word",
     "boxes": [[30, 40, 150, 160]], "id": "train/0/6"}. Boxes are half-open, in source px; an absent
     shape has none.
@@ -139,12 +137,6 @@ def is_toy_question(text):
     """
     template = re.sub("|".join(SHAPES), "{}", text.strip()).replace(" an {}", " a {}")
     return template in TEMPLATES.values()
-
-
-def knows_scenes(folder):
-    """True if the checkpoint in this folder has a recipe that trains on these scenes."""
-    recipe = read_json(folder / "recipe.json", optional=True)
-    return recipe.get("train", {}).get("data") == "toy scenes"
 
 
 # ------------------------------------------------------------------------------------------ scenes
@@ -389,6 +381,7 @@ def draw_details(draw, thing, rng):
 # ------------------------------------------------------------------------------------- the program
 
 def write_scenes(args):
+    from data.questions import write_questions  # a question about a scene does without
     (args.out / "images").mkdir(parents=True, exist_ok=True)
     lines = []
     for i, (picture, question) in enumerate(ToyQuestions(args.seed, args.count)):
