@@ -21,8 +21,9 @@ import unicodedata
 from pathlib import Path
 
 from clip import BadInput, reading
-from model import expect, read_json
+from model import expect, note, read_json
 
+FAMILIES_OWN = ("<|", "<｜", "<image_placeholder>")  # how their special tokens begin
 # Unicode's white space, for use inside a class; Python's \s also matches \x1c to \x1f
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
@@ -159,11 +160,20 @@ class BPE:
     """
 
     def __init__(self, path, embeddings=math.inf):
-        self.path = path
+        self.path = path = Path(path)
         with reading(path, "use the tokenizer.json of this checkpoint"):
-            self.read(read_json(Path(path)))
+            self.read(read_json(path))
             if self.size > embeddings:
                 raise ValueError(f"{self.size} tokens, but config.json has {embeddings} embeddings")
+        settings = read_json(path.parent / "tokenizer_config.json", optional=True)
+        added = read_json(path.parent / "added_tokens.json", optional=True)
+        settings = settings.get("added_tokens_decoder", {})
+        for name in [*added, *(token["content"] for token in settings.values())]:
+            self.token_id(name)  # it must be in tokenizer.json too
+        foreign = [name for name in self.special if not name.startswith(FAMILIES_OWN)]
+        if foreign:
+            note(f"{path}: special tokens such as {foreign[0]} are not read in questions nor shown "
+                 "in answers")
 
     def read(self, content):
         model, added = content["model"], content["added_tokens"]

@@ -24,8 +24,8 @@ from PIL import Image
 
 from backbones.bpe import BPE
 from clip import MEAN, MLP, STD, pad_to_square, reading, to_tensor
-from model import (LLaVA, check_types, decoder_config, expect, from_json, is_tied, note_template,
-                   read_eos, read_processor, wider)
+from model import (LLaVA, decoder_config, expect, from_json, is_tied, note_template, read_eos,
+                   read_json, read_processor, wider)
 
 SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the visual "
           "content that the user provides, and assist the user with a variety of tasks using "
@@ -48,8 +48,6 @@ class SigLIPConfig:
     mlp_ratio: float = 4
     name, mean, std = "siglip_large_patch16_384", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
-    __post_init__ = check_types
-
 
 @dataclass
 class SAMConfig:
@@ -65,8 +63,6 @@ class SAMConfig:
     prompt_embed_dim: int = 256                # of the neck
     downsample_channels: list = (512, 1024)
     name, mean, std = "sam_b_downsample", MEAN, STD  # quirk: CLIP's mean, not SAM's
-
-    __post_init__ = check_types
 
 
 # ----------------------------------------------------------------------------------------- pixels
@@ -403,9 +399,9 @@ class DeepSeekVL(LLaVA):
         projector = "low_high_hybrid_split_mlp_gelu" if hybrid else "mlp_gelu"
         expect(params, concat_type=["tuple"])
         expect(given["aligner_config"]["params"], projector_type=[projector], depth=[2])
-        check_pixels(folder, high or low)
+        check_processor(folder, high or low)
         return decoder_config(
-            text, model_type="multi_modality", vision=(low, high), tied=is_tied(given, text),
+            text, vision=(low, high), tied=is_tied(given, text),
             eos_ids=read_eos(folder, given, text, {"eos_token_id": []}))  # []: the tokeniser's
 
     @classmethod
@@ -434,9 +430,11 @@ def read_tower(kind, given):
     return from_json(kind, given)
 
 
-def check_pixels(folder, c):
-    """Raise BadInput if the folder's picture processor does anything that pixels() does not."""
+def check_processor(folder, c):
+    """Raise BadInput if the folder's processor does anything that pixels() or the prompt do not."""
     with reading(folder / "preprocessor_config.json", "this program can not run such a checkpoint"):
         expect(read_processor(folder), image_size=[c.image_size], min_size=[MIN_SIDE],
                do_normalize=[False], rescale_factor=[1 / 255], image_mean=[[*c.mean]],
                background_color=[[*padding_colour(c)]])
+        expect(read_json(folder / "processor_config.json", optional=True), sft_format=["deepseek"],
+               image_tag=[IMAGE], add_special_token=[False])

@@ -25,8 +25,8 @@ from PIL import Image
 
 from backbones.bpe import BPE
 from clip import MEAN, STD, BadInput, reading, to_tensor
-from model import (MLP, LLaVA, RMSNorm, check_types, decoder_config, expect, from_json, is_tied,
-                   note_template, read_eos, read_processor, rope_table, rotate, wider)
+from model import (MLP, LLaVA, RMSNorm, decoder_config, expect, from_json, is_tied, note_template,
+                   read_eos, read_processor, rope_table, rotate, wider)
 
 SYSTEM = "You are a helpful assistant."
 MERGE = 2  # a token is MERGE x MERGE patches
@@ -44,8 +44,6 @@ class VisionConfig:
     temporal_patch_size: int = 2
     window_size: int = 112  # pixels of a window's side
     fullatt_block_indexes: list = (7, 15, 23, 31)
-
-    __post_init__ = check_types
 
 
 # ------------------------------------------------------------------------------------------ pixels
@@ -274,10 +272,7 @@ class Qwen2_5VL(LLaVA):
         ids = [*begin, *encode(f"system\n{SYSTEM}"), *end, *begin, *encode("user\n"),
                token("<|vision_start|>"), self.config.image_token, token("<|vision_end|>")]
         for turn, (q, a) in enumerate([*history, (question, "")]):
-            if turn == 0:
-                ids += encode(q)
-            else:
-                ids += [*end, *begin, *encode(f"user\n{q}")]
+            ids += [*end, *begin, *encode(f"user\n{q}")] if turn > 0 else encode(q)
             ids += [*end, *begin, *encode(f"assistant\n{a}")]
         return ids
 
@@ -375,7 +370,7 @@ class Qwen2_5VL(LLaVA):
         vision = from_json(VisionConfig, vision)
         return decoder_config(
             text | {"rope_parameters": {"rope_theta": float(rope["rope_theta"])}},
-            model_type="qwen2_5_vl", vision=vision, tied=is_tied(given, text),
+            vision=vision, tied=is_tied(given, text),
             image_token=given["image_token_id"], eos_ids=read_eos(folder, given, text),
             budget=read_budget(folder, vision), qkv_bias=True, final_norm=False, score_rope=True,
             mrope_section=rope["mrope_section"])

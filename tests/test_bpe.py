@@ -71,6 +71,15 @@ def test_added_tokens(read):
         bpe.token_id("<image>")
 
 
+def test_tokens_that_a_fine_tune_added(read, tmp_path, capsys):
+    """Special ones are said; one that tokenizer.json does not hold is refused."""
+    read(by_hand(added=[("[LOC]", True)]))
+    assert "such as [LOC] are not read" in capsys.readouterr().err
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"300": {"content": "[BOX]"}}}')
+    with pytest.raises(BadInput, match="no token .BOX."):
+        read(by_hand())
+
+
 def test_bytes_that_are_no_text(read):
     """A character cut in two by the token limit, and a lone surrogate from the command line."""
     bpe = read(DEEPSEEK)

@@ -6,18 +6,20 @@ import json
 from dataclasses import asdict
 
 import pytest
+import slow
 import torch
 from formula import picture
 from qwen_formula import CASES, CONFIGS, NEW_TOKENS, TINY, nested, prompt, shapes, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import infer
+import train
 from backbones.qwen2_5_vl import Qwen2_5VL, windows_by_size
 from clip import MEAN, STD, BadInput
 from conftest import HERE
 from model import load, read_config, rename
-from sdrpn import (RPN, Crop, Recipe, Region, answer, load_recipe, make_labels, roi_loss, teach, teacher_question,
-                   training_view)
+from sdrpn import RPN, Crop, Recipe, Region, answer, load_recipe, teach
 
 
 @pytest.fixture(scope="module")
@@ -84,20 +86,17 @@ def test_pixels_tower_and_projector(case):
 
 @every_case
 def test_ids_layers_and_logits(case):
-    """A prefix and a question behind it, layer by layer; the library runs them as one."""
     case, want, m, shot = case
     ids, image = m.prompt_ids(case["question"], case["history"]), m.config.image_token
-    assert m.tokenizer.encode(prompt(case["question"], case["history"]), special=True) == ids
-    prefix = m.prefill(m.pixels(shot)[None], keep=range(m.depth + 1))
-    (h, w), tail = prefix.grid, m.tail(ids)
-    assert [*ids[:prefix.columns.start], *[image] * (h * w), *tail] == want["ids"].tolist()
-    hidden, rope, rows = m.embed(tail), m.text_rope(prefix.position, len(tail)), want["rows"].long()
+    assert slow.tokenize(m, prompt(case["question"], case["history"])) == ids
+    (h, w), at, rows = m.grid_of(shot), ids.index(image), want["rows"].long()
+    assert [*ids[:at], *[image] * (h * w), *m.tail(ids)] == want["ids"].tolist()
     with torch.no_grad():
+        hidden, _, rope, _ = slow.sequence(m, ids, m.pixels(shot)[None])
         for layer in range(m.depth):
-            hidden = m.run(hidden, layer, layer + 1, rope, prefix.cache, prefix.columns.stop)
-            whole = torch.cat([prefix.hidden[layer + 1], hidden], 1)[0]
-            close(whole[rows], want[f"layer.{layer}"])
-        logits = m.head(whole)
+            hidden = m.run(hidden, layer, layer + 1, rope)
+            close(hidden[0, rows], want[f"layer.{layer}"])
+        logits = m.head(hidden)[0]
     close(logits[rows], want["logits"])
     close(logits.logsumexp(-1), want["logsumexp"])
     assert logits.argmax(-1).tolist() == want["argmax"].tolist()
@@ -331,7 +330,7 @@ def test_what_a_user_types_stays_text(checkpoint):
 
 @pytest.mark.parametrize("mode", ["mask", "box"])
 def test_three_questions_behind_one_prefix_are_as_if_run_anew(checkpoint, monkeypatch, mode):
-    """Each with other crops or none, against one pass of everything through all layers, in float64."""
+    """Each with other crops or none, in float64."""
     case, seen, prefix = CASES["qwen_wide"], [], None
     m = checkpoint("tied", dtype="float64", budget=case["budget"], rpn=case["rpn"])
     shot, rpn = picture(*case["picture"]), RPN.load(m.folder, m)
@@ -339,40 +338,42 @@ def test_three_questions_behind_one_prefix_are_as_if_run_anew(checkpoint, monkey
     monkeypatch.setattr(m, "decode", lambda *given: seen.append(given) or [[]])
     for question, some in ("What is this?", regions), ("And that one, is it larger?", regions[:1]), ("Who?", []):
         found = answer(m, rpn, shot, question, mode, regions=some, prefix=prefix)
-        fresh, tail = m.prefill(m.pixels(shot)[None], keep=[0]), m.embed(m.tail(m.prompt_ids(question)))
-        tail, rope, following = m.splice(tail, fresh.position, found.crops)
-        embeds, rope = torch.cat([fresh.hidden[0], tail], 1), torch.cat([fresh.rope, rope], 1)
-        hidden, _, column, position, _ = seen.pop()
-        with torch.no_grad():
-            close(hidden, m.run(embeds, 0, m.depth, rope)[:, -1], 1e-9)
-        assert (column, position) == (embeds.shape[1], following)
-        assert prefix is None or found.prefix is prefix
+        slow.answer(m, rpn, shot, question, mode, regions=some)
+        (hidden, _, *places), (anew, _, *others) = seen[-2:]
+        close(hidden, anew, 1e-9)
+        assert places == others and prefix in (None, found.prefix)
         prefix = found.prefix
 
 
 # ---- end to end
 
-def test_from_the_teacher_to_an_answer(tmp_path):
-    """Teacher and student see a padded square, the teacher is asked for a box; the answer sees the picture's shape."""
-    folder = write_checkpoint(tmp_path, TINY["tied"], budget=(20 * 784, 60 * 784))
-    m, shot = load(folder), picture(200, 100, 1)
-    recipe = Recipe({1: [0]}, 2, 2, None, "sequence", square=True, request="Give the box.",
-                    sink=dict(kind="attention", attention={0: None}, threshold=0.5), labels=dict(padding="background"))
-    pixels, letterbox = training_view(m, recipe, shot)
-    asked = m.prompt_ids(teacher_question(recipe, "What is it?\nAnswer briefly."))
-    lesson = teach(m, recipe, pixels[None], [asked], max_new_tokens=4)
-    labels = make_labels(lesson.clean, recipe, letterbox.holds_picture())
-    rpn, losses = RPN.from_layers(m, 2, 2), []
-    optimiser = torch.optim.AdamW(rpn.parameters(), lr=1e-2)
-    for _ in range(8):
-        scores = rpn.score(lesson.hidden, lesson.columns, [-1], lesson.rope)  # (1, H, 1, N)
-        losses.append(roi_loss(scores.mean(1)[0], labels))
-        optimiser.zero_grad()
-        losses[-1].backward()
-        optimiser.step()
-    assert losses[-1] < 0.5 * losses[0]
-    rpn.save(tmp_path / "rpn.safetensors", dict(frozen=2, layers=2, fingerprint=m.fingerprint))
-    stored = load_file(tmp_path / "rpn.safetensors")
-    assert "model.twig_norm.weight" not in stored and "model.twig_layers.1.self_attn.q_proj.bias" in stored
-    found = answer(m, RPN.load(folder, m), shot, "What is it?", tau=0.1, max_new_tokens=4)
-    assert found.logits.shape == m.grid_of(shot) != letterbox.grid
+RECIPE = dict(
+    attention={"1": [2]}, softmax="sequence", frozen_layers=2, rpn_layers=2, tau=0.3, budget=[40 * 784, 70 * 784],
+    labels=dict(min_peak=1e-4, padding="background"),
+    kinds={"ocr_vqa": {"square": True},
+           "gqa": dict(attention={"1": [0]}, request="Give the box.",
+                       sink=dict(kind="attention", attention={"0": None}, threshold=0.5))},
+    train=dict(lr=1e-2, warmup=0.1, betas=[0.9, 0.999], epochs=2, batch_size=4, grad_accum=1, clip=1.0))
+
+
+def test_train_and_answer(tmp_path, monkeypatch, capsys):
+    """Two kinds of questions about pictures of two shapes; one RPN learns both; it answers at its recipe's budget."""
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+    write_checkpoint(tmp_path / "tiny", TINY["tied"])
+    (tmp_path / "tiny" / "recipe.json").write_text(json.dumps(RECIPE))
+    flags, rows = ["--ckpt", str(tmp_path / "tiny"), "--dtype", "float32", "--max-new-tokens", "3"], ""
+    for n, (kind, size) in enumerate([("ocr_vqa", (200, 100)), ("gqa", (90, 200))] * 8):
+        picture(*size, n).save(tmp_path / f"{n}.png")
+        rows += json.dumps(dict(image=f"{n}.png", question="What?\nAnswer briefly.", kind=kind)) + "\n"
+    (tmp_path / "questions.jsonl").write_text(rows)
+    train.main([*flags, "--data", str(tmp_path / "questions.jsonl"), "--out", str(tmp_path / "run")])
+    stored = load_file(tmp_path / "run" / "rpn.safetensors")
+    assert (tmp_path / "run" / "report.png").is_file() and "model.twig_norm.weight" not in stored
+    assert not torch.equal(stored["model.twig_layers.1.self_attn.q_proj.bias"],
+                           load(tmp_path / "tiny").language_model.layers[3].self_attn.q_proj.bias)
+    capsys.readouterr()
+    infer.main([str(tmp_path / "0.png"), "Where?", *flags, "--rpn", str(tmp_path / "run"), "--json"])
+    told, m = json.loads(capsys.readouterr().out), load(tmp_path / "tiny", "cpu")
+    m.budget = RECIPE["budget"]
+    found = answer(m, RPN.load(tmp_path / "run", m), picture(200, 100, 0), "Where?", max_new_tokens=3)
+    assert told["answer"] == found.text and told["boxes"] == [list(box) for box in found.boxes]

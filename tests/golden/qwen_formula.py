@@ -131,9 +131,9 @@ def rpn_tensors(config, layers):
 # ---- checkpoints
 
 def nested(config):
-    """The same configuration as 5.x writes it: text_config, rope_parameters, in_channels."""
-    above = ("model_type", "tie_word_embeddings", "twig_K", "twig_T", "vision_config", "image_token_id",
-             "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    """The same configuration as newer libraries nest it; the head's flag is only in text_config, as before 5.x."""
+    above = ("model_type", "twig_K", "twig_T", "vision_config", "image_token_id", "video_token_id",
+             "vision_start_token_id", "vision_end_token_id")
     top = {key: config[key] for key in above if key in config}
     text = {key: value for key, value in config.items() if key not in (*above, "rope_theta", "rope_scaling")}
     rope = dict(config["rope_scaling"], rope_theta=config["rope_theta"], rope_type="default")
