@@ -735,16 +735,21 @@ def kept_cells(region, grid, letterbox):
     >>> kept_cells(region, (4, 4), letterbox).int().tolist()
     [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
     """
-    weights = []  # (n, cells): how much each of the crop's n rows (columns) takes of each cell's
-    for axis, n in (1, grid[0]), (0, grid[1]):
-        low, high = region.box[axis], region.box[axis + 2]
+    x0, y0, x1, y1 = region.box
+    mask = region.cells[None, None, y0:y1, x0:x1].float()
+    scales, shifts = [], []  # of the crop against the box; 1 and 0 where nothing is cut off
+    for axis, low, high in (0, x0, x1), (1, y0, y1):
         start = max(low, letterbox.to_grid(0, axis))
         end = min(high, letterbox.to_grid(letterbox.picture_size[axis], axis))
-        centres = start + (torch.arange(n, dtype=torch.float64) + 0.5) * (end - start) / n - 0.5
-        cells = torch.arange(region.cells.shape[1 - axis])
-        distance = (centres.clamp(low, high - 1)[:, None] - cells).abs()
-        weights.append((1 - distance).clamp(min=0))
-    kept = weights[0] @ region.cells.double() @ weights[1].T > 0.5
+        scales.append((end - start) / (high - low))
+        shifts.append((start + end - low - high) / (high - low))
+    if scales == [1, 1]:
+        kept = F.interpolate(mask, grid, mode="bilinear")[0, 0] > 0.5
+    else:
+        affine = torch.tensor([[[scales[0], 0, shifts[0]], [0, scales[1], shifts[1]]]])
+        points = F.affine_grid(affine, (1, 1, *grid), align_corners=False)
+        sampled = F.grid_sample(mask, points, padding_mode="border", align_corners=False)
+        kept = sampled[0, 0] > 0.5
     return kept if kept.any() else torch.ones(grid, dtype=torch.bool)
 
 
