@@ -703,16 +703,16 @@ def load(folder, device=None, dtype=None):
     tied = config.tied and "lm_head.weight" not in checkpoint.tensors
     if tied and words in checkpoint.tensors:
         checkpoint.tensors["lm_head.weight"] = checkpoint.tensors[words]
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         parameters = sum(p.numel() for p in m.parameters())
         dtype = torch.float32 if 4 * parameters < 2 ** 30 else torch.bfloat16
-        if device.type != "cpu" and words in checkpoint.tensors:
+        if str(device) != "cpu" and words in checkpoint.tensors:
             shard, name = checkpoint.tensors[words]
             dtype = shard.get_tensor(name).dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    with reading(f"--device {device}", "name another device or --dtype"):
-        torch.zeros(1, device=device, dtype=dtype)
+    with reading(f"--device {device}", "use another device or --dtype"):
+        torch.zeros(1, device=device, dtype=dtype)  # an AssertionError, a TypeError, ...
     checkpoint.fill(m, device, dtype)
     if tied:
         m.lm_head.weight = m.language_model.embed_tokens.weight

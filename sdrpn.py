@@ -465,9 +465,7 @@ class RPN(nn.Module):
     @classmethod
     def from_layers(cls, m, frozen, layers):
         """An untrained RPN: float32 copies of decoder layers B..B+R-1 and of the final norm."""
-        if not (frozen >= 1 and layers >= 1 and frozen + layers <= m.depth):
-            raise BadInput(f"--frozen-layers {frozen} and --rpn-layers {layers}: both at least 1, "
-                           f"together at most the model's {m.depth} layers")
+        check_depth(m, frozen, layers)
         rpn = cls(m.config, frozen, layers)
         backbone = {"twig_norm.weight": m.language_model.norm.weight}
         for i in range(layers):
@@ -510,6 +508,12 @@ class RPN(nn.Module):
         tensors = {f"model.{key}": tensor.detach().cpu().contiguous()
                    for key, tensor in self.state_dict().items()}
         save_file(tensors, path, metadata={"sdrpn": json.dumps(facts)})
+
+
+def check_depth(m, frozen, layers):
+    if not (frozen >= 1 and layers >= 1 and frozen + layers <= m.depth):
+        raise BadInput(f"--frozen-layers {frozen} and --rpn-layers {layers}: both at least 1, "
+                       f"together at most the model's {m.depth} layers")
 
 
 def conversation(m, turns, responses, grid):

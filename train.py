@@ -34,8 +34,8 @@ from data.program import at_least_1, join_processes, log, run_program
 from data.questions import read_questions
 from data.run import Run
 from model import DTYPES, ROOT, load, wider
-from sdrpn import (RPN, Recipe, conversation, load_recipe, make_labels, prefix_layers, roi_loss,
-                   teach, teacher_question, training_view)
+from sdrpn import (RPN, Recipe, check_depth, conversation, load_recipe, make_labels,
+                   prefix_layers, roi_loss, teach, teacher_question, training_view)
 
 TOY = "toy scenes"  # a recipe's train.data, where the checkpoint brings its own questions
 
@@ -305,6 +305,7 @@ def work(args):
     questions, source = open_questions(training, args.images, args.samples, args.seed)
     toy_on_cpu = source == TOY and device == "cpu"
     m = load(folder, device, args.dtype or ("float32" if toy_on_cpu else "bfloat16"))
+    check_depth(m, recipe.frozen_layers, recipe.rpn_layers)  # before a folder is made
     m.budget = recipe.budget or m.budget
     settings = asdict(recipe)
     settings |= settings.pop("train") | {

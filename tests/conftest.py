@@ -12,6 +12,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE), *(str(HERE / name) for name in ("golden", "paper", "speed"))]
 torch.set_num_threads(1)
 
+from calls import home  # noqa: E402, F401 (each test of a program has an out/ of its own)
+
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):

@@ -8,8 +8,7 @@ import json
 import shlex
 import shutil
 
-import fuzz
-from calls import ROOT, rows_of, shell
+from calls import ASK, ROOT, rows_of, shell, tiny
 from formula import picture
 
 
@@ -20,7 +19,7 @@ def training_file(folder, count=20):
         path = folder / ("gqa", "ocr_vqa")[i % 2] / "images" / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(60 + i, 90 - i, i).save(path)
-        question = f"<image>\n{fuzz.ASK[i % 3]}\nAnswer the question using a single word or phrase."
+        question = f"<image>\n{ASK[i % 3]}\nAnswer the question using a single word or phrase."
         talk = [{"from": "human", "value": question}, {"from": "gpt", "value": "yes"}]
         records.append({"id": str(i), "image": str(path.relative_to(folder)), "conversations": talk})
     (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(records))
@@ -36,7 +35,7 @@ def test_the_walk_of_a_researcher(tmp_path):
         assert done.returncode == code and "Traceback" not in err, (words, out, err)
         return out, err
 
-    ckpt = fuzz.tiny(tmp_path / "llava-mine")  # a model of one's own, without an RPN
+    ckpt = tiny(tmp_path / "llava-mine")  # a model of one's own, without an RPN
     (ckpt / "rpn.safetensors").unlink()
     recipe = (ckpt / "recipe.json").rename(tmp_path / "recipe.json")
     where = ["--ckpt", ckpt, "--device", "cpu", "--dtype", "float32"]
