@@ -18,27 +18,53 @@ import csv
 import hashlib
 import io
 import json
-import os
 import re
-import shlex
 import string
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script, only data/ is on the path
-from clip import BadInput, printable, reading  # noqa: E402
+from clip import BadInput, reading  # noqa: E402
 from data.files import write_file  # noqa: E402
 from data.program import log, run_program  # noqa: E402
-from data.questions import check_question, describe, write_questions  # noqa: E402
+from data.questions import LeftOut, convert  # noqa: E402
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+
+# ------------------------------------------------------------------------------------------ readers
+
+def read_json(file):
+    """Records of a JSON list, or of an object whose "data" is the list."""
+    data = json.loads(file.read_text(encoding="utf-8-sig"))  # -sig drops a byte-order mark
+    return data["data"] if isinstance(data, dict) else data
+
+
+def read_lines(file):
+    """Records of a file with one JSON object a line."""
+    lines = file.read_text(encoding="utf-8-sig").split("\n")
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def read_tsv(file):
+    csv.field_size_limit(2 ** 31 - 1)  # an 8K picture is one field of about 6 million letters
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        yield from csv.DictReader(lines, delimiter="\t")
+
+
+def read_parquet(file):
+    """Rows as dicts. One row group at a time is in memory, two to three times over."""
+    from pyarrow.parquet import ParquetFile
+    with ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
+        for group in range(table.num_row_groups):
+            for batch in table.iter_batches(16, row_groups=[group], use_threads=False):
+                yield from batch.to_pylist()
 
 
 # --------------------------------------------------------------------------------------- converters
@@ -90,29 +116,26 @@ def vstar(r):
 
 def pope(r):
     kind = kind_of(r.get("category") or r["file"], "random", "popular", "adversarial")
-    return dict(id=f"{kind}-{r['question_id']}", kind=kind, question=r["text"].strip() + SHORT,
-                answers=texts(r["label"]))
+    return dict(kind=kind, question=r["text"].strip() + SHORT, answers=texts(r["label"]))
 
 
 def hrbench(r):
     """200 questions, the options in 4 orders."""
-    options = {letter: str(r[letter]) for letter in string.ascii_uppercase
-               if not is_null(r.get(letter))}
+    options = {}
+    for letter in string.ascii_uppercase:
+        text = str(r.get(letter))
+        if text not in ("None", "nan", "NaN", ""):  # an option 0 is one
+            options[letter] = text
     lines = [r["question"].strip(), *(f"{letter}. {text}" for letter, text in options.items()),
              "Answer the option letter directly."]
-    return dict(id=str(r["index"]), kind=r["category"], cycle=r["cycle_category"],
-                question="\n".join(lines), answers=texts(r["answer"]), options=options)
-
-
-def is_null(value):
-    """True for None and NaN."""
-    return value is None or value != value
+    return dict(id=str(r["index"]), kind=r["category"], question="\n".join(lines),
+                answers=texts(r["answer"]), options=options)
 
 
 def texts(value):
     """Answers as a list of strings: the files hold strings, numbers and lists."""
     values = value if isinstance(value, list) else [value]
-    if not values or any(map(is_null, values)):
+    if not values or None in values:
         raise ValueError("it has no answer (a test split?)")
     return [str(answer) for answer in values]
 
@@ -134,8 +157,8 @@ class Benchmark:
     max_new_tokens: int
     source: str          # where the official files come from
     hub: str             # data set on the hub whose parquet files hold the same
-    split: str           # what the names of those files contain ...
-    other: str = "\0"    # ... and what they do not
+    parquet: str         # the names of those files
+    read: Callable = read_json  # of an official file
     renames: dict = field(default_factory=dict)  # parquet column: its name in the official file
 
 
@@ -143,114 +166,84 @@ BENCHMARKS = {
     "textvqa": Benchmark(
         textvqa, "train_images/{image_id}.jpg", 5000, "textvqa_val", "vqa", 1024,
         "TextVQA_0.5.1_val.json and train_val_images.zip (holds train_images/), "
-        "textvqa.org/dataset", "lmms-lab/textvqa", "validation"),
+        "textvqa.org/dataset", "lmms-lab/textvqa", "*validation*"),
     "docvqa": Benchmark(
         docvqa, "{image}", 5349, "docvqa_val", "anls", 32,
         "val_v1.0_withQT.json and documents/, rrc.cvc.uab.es/?ch=17, task 1 (needs an account)",
-        "lmms-lab/DocVQA", "validation", other="InfographicVQA/"),
+        "lmms-lab/DocVQA", "DocVQA/*validation*"),
     "infovqa": Benchmark(
         docvqa, "infographicsvqa_images/{image_local_name}", 2801, "infovqa_val", "anls", 32,
         "infographicsVQA_val_v1.0_withQT.json and infographicsvqa_images/, rrc.cvc.uab.es/?ch=17, "
-        "task 3", "lmms-lab/DocVQA", "validation", other="DocVQA/"),
+        "task 3", "lmms-lab/DocVQA", "InfographicVQA/*validation*"),
     "chartqa": Benchmark(
         chartqa, "png/{imgname}", 2500, "chartqa_test", "relaxed", 16,
         "test_human.json, test_augmented.json and png/, github.com/vis-nlp/ChartQA, in its test/",
-        "lmms-lab/ChartQA", "test", renames={"question": "query", "answer": "label"}),
+        "lmms-lab/ChartQA", "*test*", renames={"question": "query", "answer": "label"}),
     "ocrbench": Benchmark(
         ocrbench, "OCRBench_Images/{image_path}", 1000, "ocrbench", "ocrbench", 128,
         "OCRBench.json and OCRBench_Images/, as linked from github.com/Yuliang-Liu/MultimodalOCR",
-        "echo840/OCRBench", "test",
+        "echo840/OCRBench", "*test*",
         renames={"dataset": "dataset_name", "question_type": "type", "answer": "answers"}),
     "vstar": Benchmark(
         vstar, "{image}", 191, "vstar", "letter", 16,
         "test_questions.jsonl and the folders beside it (the sa_xxxx.json have the true boxes), "
-        "huggingface.co/datasets/craigwu/vstar_bench", "lmms-lab/vstar-bench", "test"),
+        "huggingface.co/datasets/craigwu/vstar_bench", "lmms-lab/vstar-bench", "*test*",
+        read_lines),
     "pope": Benchmark(
         pope, "val2014/{image}", 9000, "pope", "pope", 128,
         "coco_pope_{random,popular,adversarial}.json, github.com/RUCAIBox/POPE, and COCO's "
-        "val2014/", "lmms-lab/POPE", "test", other="Full/",
+        "val2014/", "lmms-lab/POPE", "data/*test*", read_lines,
         renames={"question": "text", "answer": "label"}),
     "hrbench4k": Benchmark(
         hrbench, "", 800, "hrbench4k", "hr", 1024,
-        "hr_bench_4k.tsv, huggingface.co/datasets/DreamMr/HR-Bench", "DreamMr/HR-Bench", "4k"),
+        "hr_bench_4k.tsv, huggingface.co/datasets/DreamMr/HR-Bench", "DreamMr/HR-Bench",
+        "*4k*", read_tsv),
     "hrbench8k": Benchmark(
         hrbench, "", 800, "hrbench8k", "hr", 1024,
-        "hr_bench_8k.tsv, huggingface.co/datasets/DreamMr/HR-Bench", "DreamMr/HR-Bench", "8k"),
+        "hr_bench_8k.tsv, huggingface.co/datasets/DreamMr/HR-Bench", "DreamMr/HR-Bench",
+        "*8k*", read_tsv),
 }
 
 
 def needs(name):
     b = BENCHMARKS[name]
-    return (f"{name} is made from {b.source}; or from *{b.split}*.parquet, "
+    return (f"{name} is made from {b.source}; or from {b.parquet}.parquet, "
             f"huggingface.co/datasets/{b.hub} (pip install pyarrow)")
-
-
-# ------------------------------------------------------------------------------------------ readers
-
-def read_json(file):
-    """Records of a JSON list, of an object whose "data" is the list, or of one object a line."""
-    text = file.read_text(encoding="utf-8-sig")  # -sig drops a byte-order mark
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data":
-            raise
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    return data.get("data", [data]) if isinstance(data, dict) else data
-
-
-def read_tsv(file):
-    """Rows as dicts; an empty field and NaN are null."""
-    csv.field_size_limit(2 ** 31 - 1)  # an 8K picture is one field of about 6 million letters
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        for row in csv.DictReader(lines, delimiter="\t"):
-            yield {key: None if value in ("", "nan", "NaN") else value
-                   for key, value in row.items()}
-
-
-def read_parquet(file):
-    """Rows as dicts. One row group at a time is in memory, two to three times over."""
-    from pyarrow.parquet import ParquetFile
-    with ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
-        for group in range(table.num_row_groups):
-            for batch in table.iter_batches(16, row_groups=[group], use_threads=False):
-                yield from batch.to_pylist()
-
-
-def records(name, file):
-    """The records of a file with the field names of the official one, and "file"."""
-    read = {".parquet": read_parquet, ".tsv": read_tsv}.get(file.suffix, read_json)
-    renames = BENCHMARKS[name].renames if file.suffix == ".parquet" else {}
-    with reading(file, needs(name)):
-        for row in read(file):
-            record = {renames.get(key, key): value for key, value in row.items()}
-            yield record | {"file": file.stem}
-
-
-def files_of(name, paths):
-    """The files among paths; a folder stands for the parquet files of this benchmark's split."""
-    benchmark, files = BENCHMARKS[name], []
-    for path in paths:
-        if not path.is_dir():
-            files.append(path)
-        for file in sorted(path.rglob("*.parquet")):
-            inside = file.relative_to(path).as_posix()
-            if benchmark.split in inside and benchmark.other not in inside:
-                files.append(file)
-    if not files:
-        raise BadInput(f"{paths[0]}: holds no *{benchmark.split}*.parquet; {needs(name)}")
-    return files
 
 
 # -------------------------------------------------------------------------- from files to questions
 
+def files_of(name, paths):
+    """The files among paths; a folder stands for the parquet files of this benchmark's split."""
+    files = []
+    for path in paths:
+        if path.is_dir():
+            files += sorted(path.rglob(f"{BENCHMARKS[name].parquet}.parquet"))
+        else:
+            files.append(path)
+    if not files:
+        raise BadInput(f"{paths[0]}: holds none of its files; {needs(name)}")
+    return files
+
+
+def records(name, files):
+    """All records, with the field names of the official files, and "file"."""
+    b = BENCHMARKS[name]
+    for file in files:
+        read = read_parquet if file.suffix == ".parquet" else b.read
+        with reading(file, needs(name)):
+            for row in read(file):
+                record = {b.renames.get(key, key): value for key, value in row.items()}
+                yield record | {"file": file.stem}
+
+
 def locate(root, image):
     """`image` below root. It starts with a folder of the official archive; root may be where that
-    folder is, or the folder itself. Raises FileNotFoundError."""
+    folder is, or the folder itself. Raises LeftOut."""
     for path in (image, image.partition("/")[2]):
         if path and (root / path).is_file():
             return path
-    raise FileNotFoundError(image)
+    raise LeftOut("without a picture", image)
 
 
 def unpack(picture, root):
@@ -274,74 +267,36 @@ def true_boxes(notes):
     """{"boxes": ...} of V*'s file beside a picture, which has them as (x, y, w, h); {} without."""
     if not notes.is_file():
         return {}
-    with reading(notes):
-        boxes = json.loads(notes.read_text(encoding="utf-8-sig"))["bbox"]
-        return {"boxes": [[x, y, x + w, y + h] for x, y, w, h in boxes]}
-
-
-def convert(name, files, root, unpacks):
-    """-> questions with pictures below root; {reason: [what was left out]}."""
-    b, kept, left_out, seen = BENCHMARKS[name], [], {}, Counter()
-    shared = dict(metric=b.metric, max_new_tokens=b.max_new_tokens, benchmark=name)
-    for file in files:
-        for number, record in enumerate(records(name, file), 1):
-            try:
-                question = b.convert(record) | shared
-                kind = question.get("kind")
-                question.setdefault("id", f"{kind}-{seen[kind]}")
-                seen[kind] += 1
-                if unpacks:
-                    question["image"] = unpack(record["image"], root)
-                else:
-                    question["image"] = locate(root, b.picture.format_map(record))
-                    question |= true_boxes((root / question["image"]).with_suffix(".json"))
-                check_question(question)
-                kept.append(question)
-            except FileNotFoundError as error:
-                left_out.setdefault("without a picture", []).append(str(error))
-            except (AttributeError, LookupError, TypeError, ValueError,
-                    UnidentifiedImageError) as error:
-                problem = f"{file.name} question {number}: {type(error).__name__}: {error}"
-                left_out.setdefault("malformed", []).append(problem)
-    return kept, left_out
+    boxes = json.loads(notes.read_text())["bbox"]
+    return {"boxes": [[x, y, x + w, y + h] for x, y, w, h in boxes]}
 
 
 # ------------------------------------------------------------------------------------------ command
 
-def report(name, kept, left_out, root, out):
-    print(f"{name}: {len(kept)} questions, pictures in {printable(root)}")
-    for kind, count in Counter(q["kind"] for q in kept if "kind" in q).items():
-        print(f"  {count:5} {printable(kind)}")
-    if left_out:
-        log(f"warning: left out: {describe(left_out)}; pictures were looked for in {root}")
-    if len(kept) != BENCHMARKS[name].count:
-        log(f"warning: the benchmark has {BENCHMARKS[name].count} questions, so this score will "
-            f"not be comparable; {needs(name)}")
-    infer, out = (os.path.relpath(path) for path in (ROOT / "infer.py", out))
-    print(f"wrote {printable(out)}")
-    print(f"next: python {shlex.quote(infer)} --eval {shlex.quote(printable(out))} "
-          "--ckpt llava-1.5-7b")
-
-
 def run(args):
-    files = files_of(args.name, args.files)
-    out = args.out or ROOT / "data" / f"{BENCHMARKS[args.name].out}.jsonl"
-    out = out.resolve()
+    b, files = BENCHMARKS[args.name], files_of(args.name, args.files)
+    out = (args.out or ROOT / "data" / f"{b.out}.jsonl").resolve()
     if out in [file.resolve() for file in files]:
         raise BadInput(f"{out}: would be overwritten by its own result; give --out another name")
+    root = (args.images or files[0].parent).resolve()
     unpacks = files[0].suffix in (".parquet", ".tsv")
     if unpacks:
         root = out.parent / f"{out.stem}_images"
         root.mkdir(parents=True, exist_ok=True)
-    else:
-        root = (args.images or files[0].parent).resolve()
-    kept, left_out = convert(args.name, files, root, unpacks)
-    if not kept:
-        raise BadInput(f"{files[0]}: no question can be used: {describe(left_out) or 'none there'};"
-                       f" pictures were looked for in {root} (--images); {needs(args.name)}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_questions(out, root, kept)
-    report(args.name, kept, left_out, root, out)
+
+    def make(number, record):
+        question = {"id": str(number)} | b.convert(record)
+        question |= {"metric": b.metric, "max_new_tokens": b.max_new_tokens, "benchmark": args.name}
+        if unpacks:
+            return question | {"image": unpack(record["image"], root)}
+        image = locate(root, b.picture.format_map(record))
+        return question | {"image": image} | true_boxes((root / image).with_suffix(".json"))
+
+    kept = convert(records(args.name, files), make, out, root)
+    if len(kept) != b.count:
+        log(f"warning: the benchmark has {b.count} questions, so this score will not be "
+            f"comparable; {needs(args.name)}")
+    print(f"next: python infer.py --ckpt llava-1.5-7b --eval {out}")
 
 
 def parser():

@@ -7,15 +7,18 @@
 A metric compares strings and gives a score in [0, 1]; a letter function gives a letter or None. A
 new metric is one function and its line in METRICS. The harness has oddities ("Cotton" counts as
 option C). They move the published numbers, so they are kept, each marked `quirk` on its line.
-Left out: asking GPT which option a reply means (HR-Bench does; here such a reply is wrong), and the
-official scripts where they differ from lmms-eval.
+Left out: asking GPT which option a reply means (HR-Bench does; here such a reply is wrong),
+HR-Bench's mean over the four orders of the options (the plain mean unless questions are missing),
+and the official scripts where they differ from lmms-eval.
 """
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from statistics import stdev
 
@@ -25,26 +28,26 @@ from clip import BadInput, printable
 
 PAPER = Path(__file__).parent / "paper.json"
 
-# TextVQA's normaliser restores missing apostrophes: dont -> don't.
-ONE_APOSTROPHE = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't
+# TextVQA's normaliser restores an apostrophe: dont -> don't. Exactly one may be missing.
+FULL_FORMS = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't
     he'd he's how'd how'll how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't
     not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's someone'd someone'll
     someone's something'd something'll that's there'd there're there's they'd they'll they're
     they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's
     where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd
-    you'll you're you've"""
-MORE_APOSTROPHES = """couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've
+    you'll you're you've couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've
     somebody'd've someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've
     y'all'll y'all'd've you'd've 'ow's'at"""
-CONTRACTIONS = {word.replace("'", ""): word for word in ONE_APOSTROPHE.split()}
-for word in MORE_APOSTROPHES.split():  # of these exactly one apostrophe may be missing
+CONTRACTIONS = {}
+for word in FULL_FORMS.split():
     for at, letter in enumerate(word):
         if letter == "'":
             CONTRACTIONS[word[:at] + word[at + 1:]] = word
 CONTRACTIONS["somebody'd"] = "somebodyd"  # quirk: the table has this pair the wrong way round
 
-NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4",
-           "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+NUMBERS = {"none": "0"}
+for digit, word in enumerate("zero one two three four five six seven eight nine ten".split()):
+    NUMBERS[word] = str(digit)
 PUNCTUATION = ";/[]\"{}()=+\\_-><@`!"
 
 # HR-Bench: a reply that contains one of these is a refusal.
@@ -63,7 +66,7 @@ def exact(prediction, answers):
     return float(prediction.strip().lower() in [answer.strip().lower() for answer in answers])
 
 
-@lru_cache(100_000)
+@cache
 def normalise(text):
     """What TextVQA compares: no case, articles or number words, and little punctuation.
 
@@ -78,8 +81,7 @@ def normalise(text):
         text = text.replace(mark, "" if at_an_edge else " ")
     # quirks: the look-behind meant to keep "3." fails, and 32 was meant as a flag
     text = re.sub(r"\.(?!\d)", "", text, count=32)
-    words = [NUMBERS.get(word, word) for word in text.split()]
-    words = [word for word in words if word not in ("a", "an", "the")]
+    words = [NUMBERS.get(word, word) for word in text.split() if word not in ("a", "an", "the")]
     return " ".join(CONTRACTIONS.get(word, word) for word in words)
 
 
@@ -102,14 +104,11 @@ def levenshtein(a, b):
     >>> levenshtein("kitten", "sitting")
     3
     """
-    if a == b:
-        return 0
     before = list(range(len(b) + 1))  # distances from a[:i] to every prefix of b, here i = 0
     for i, x in enumerate(a, 1):
         after = [i]
         for j, y in enumerate(b, 1):
-            replaced = before[j - 1] + (x != y)
-            after.append(min(before[j] + 1, after[-1] + 1, replaced))
+            after.append(min(before[j] + 1, after[-1] + 1, before[j - 1] + (x != y)))
         before = after
     return before[-1]
 
@@ -120,14 +119,13 @@ def anls(prediction, answers):
     >>> anls("Helo", ["Hello"]), anls("ab", ["abcd"]), anls("a", ["abcd"])    # 0.5 itself is kept
     (0.8, 0.5, 0.0)
     """
-    nearest = 1.0
+    best = 0.0
     for answer in answers:
         want, got = (" ".join(text.lower().split()) for text in (answer, prediction))
-        distance = levenshtein(want, got)
         # quirk: lengths of the raw upper-cased texts; spaces count, and "ß" is "SS", two letters
-        length = max(len(answer.upper()), len(prediction.upper()))
-        nearest = min(nearest, distance / length if length else 0.0)
-    return 1 - nearest if 1 - nearest >= 0.5 else 0.0
+        length = max(1, len(answer.upper()), len(prediction.upper()))
+        best = max(best, 1 - levenshtein(want, got) / length)
+    return best if best >= 0.5 else 0.0
 
 
 def to_float(text):
@@ -157,13 +155,11 @@ def ocrbench(prediction, answers, dataset):
     >>> ocrbench("It says 'Centre'.", ["CENTRE"], "IIIT5K"), ocrbench("x ^ 2", ["x^2"], "HME100k")
     (1.0, 1.0)
     """
-    prediction = prediction.lower().strip().replace("\n", " ")
-    if dataset == "HME100k":
-        prediction = prediction.replace(" ", "")
-        # quirk: only the reply is lower-cased, so an answer with a capital never matches
-        answers = [re.sub("[\n ]", "", answer.strip()) for answer in answers]
-    else:
-        answers = [answer.lower().strip().replace("\n", " ") for answer in answers]
+    gap = "" if dataset == "HME100k" else " "
+    prediction = re.sub("[\n ]", gap, prediction.strip()).lower()
+    answers = [re.sub("[\n ]", gap, answer.strip()) for answer in answers]
+    if dataset != "HME100k":  # quirk: a capital in an HME100k answer never matches
+        answers = [answer.lower() for answer in answers]
     return float(any(answer in prediction for answer in answers))
 
 
@@ -224,74 +220,39 @@ def mean(values):
 
 # ------------------------------------------------------------------------- many replies, one figure
 
-def pope_official(rows):
-    """POPE: F1, accuracy, precision, recall of "yes". Published numbers pool all three files.
+def by_kind(rows):
+    """{kind: its rows}, and last all rows as "all", which is also the kind of those without one.
 
-    >>> pairs = ("Yes", "yes"), ("yes", "no"), ("no", "no"), ("no", "yes"), ("maybe", "yes")
-    >>> pope_official([{"prediction": a, "answers": [b], "score": a == b} for a, b in pairs])["F1"]
-    50.0
+    >>> {kind: len(part) for kind, part in by_kind([{"kind": k} for k in "aba"]).items()}
+    {'a': 2, 'b': 1, 'all': 3}
     """
-    pairs = [(row["prediction"].strip().lower(), row["answers"][0].strip().lower()) for row in rows]
-    # quirk: "maybe" is neither a yes nor a no, so it is no miss
-    right, wrong_yes = pairs.count(("yes", "yes")), pairs.count(("yes", "no"))
-    wrong_no = pairs.count(("no", "yes"))
-    return {"F1": 100 * 2 * right / max(1, 2 * right + wrong_yes + wrong_no),
-            "accuracy": 100 * mean(row["score"] for row in rows),
-            "precision": 100 * right / max(1, right + wrong_yes),
-            "recall": 100 * right / max(1, right + wrong_no)}
-
-
-def of_kind(rows, *kinds):
-    return [row for row in rows if row.get("kind") in kinds]
-
-
-def over_cycles(rows):
-    """Mean over the rotations of the options (`cycle`) of the mean score within one.
-
-    >>> over_cycles([{"cycle": c, "score": s} for c, s in ((0, 1), (0, 1), (0, 1), (1, 0))])
-    0.5
-    """
-    cycles = {}
+    kinds = {}
     for row in rows:
-        cycles.setdefault(row.get("cycle"), []).append(row["score"])
-    return mean(mean(scores) for scores in cycles.values())
-
-
-def hr_official(rows):
-    """HR-Bench: both kinds, single objects (FSP) and several (FCP), each a mean over rotations."""
-    parts = {"average": rows, "FSP": of_kind(rows, "single"), "FCP": of_kind(rows, "cross")}
-    return {name: 100 * over_cycles(part) for name, part in parts.items() if part}
-
-
-OCRBENCH_GROUPS = {  # the kinds of each group: 300, 200, 200, 200 and 100 questions
-    "Text Recognition": ("Regular Text Recognition", "Irregular Text Recognition",
-                         "Artistic Text Recognition", "Handwriting Recognition",
-                         "Digit String Recognition", "Non-Semantic Text Recognition"),
-    "Scene Text-centric VQA": ("Scene Text-centric VQA",),
-    "Doc-oriented VQA": ("Doc-oriented VQA",),
-    "Key Information Extraction": ("Key Information Extraction",),
-    "Handwritten Mathematical": ("Handwritten Mathematical Expression Recognition",),
-}
-
-
-def ocrbench_official(rows):
-    """OCRBench: points, the number of right answers out of the benchmark's 1,000."""
-    figures = mean_official(rows) | {"points": sum(row["score"] for row in rows)}
-    for group, kinds in OCRBENCH_GROUPS.items():
-        figures[group] = sum(row["score"] for row in of_kind(rows, *kinds))
-    return figures
+        kinds.setdefault(row["kind"], []).append(row)
+    kinds.pop("all", None)
+    return kinds | {"all": rows}
 
 
 def mean_official(rows):
-    return {"mean": 100 * mean(row["score"] for row in rows)}
+    """{kind: its mean score}, and last "all"."""
+    return {kind: mean(row["score"] for row in part) for kind, part in by_kind(rows).items()}
 
 
-def kinds_official(rows):
-    """The mean over all questions and over each kind."""
-    figures = mean_official(rows)
-    for kind in sorted({row["kind"] for row in rows if row.get("kind")}):
-        figures[kind] = 100 * mean(row["score"] for row in of_kind(rows, kind))
-    return figures
+def pope_official(rows):
+    """POPE: accuracies, then precision, recall and F1 of "yes". Published F1s pool all three files.
+
+    >>> pairs = ("Yes", "yes"), ("yes", "no"), ("no", "no"), ("no", "yes"), ("maybe", "yes")
+    >>> rows = [{"kind": "a", "answer": a, "answers": [b], "score": a == b} for a, b in pairs]
+    >>> pope_official(rows)
+    {'a': 0.2, 'all': 0.2, 'precision': 0.5, 'recall': 0.5, 'F1': 0.5}
+    """
+    pairs = Counter((row["answer"].strip().lower(), row["answers"][0].strip().lower())
+                    for row in rows)
+    # quirk: "maybe" is neither a yes nor a no, so it is no miss
+    right, wrong_yes, wrong_no = pairs["yes", "yes"], pairs["yes", "no"], pairs["no", "yes"]
+    return mean_official(rows) | {"precision": right / max(1, right + wrong_yes),
+                                  "recall": right / max(1, right + wrong_no),
+                                  "F1": 2 * right / max(1, 2 * right + wrong_yes + wrong_no)}
 
 
 # -------------------------------------------------------------------------------------- the metrics
@@ -300,38 +261,40 @@ def relaxed_score(prediction, answers):
     return max(relaxed_accuracy(prediction, answer) for answer in answers)
 
 
-def is_right_letter(letter, answers, options):
-    return float(letter in options and letter in [answer.strip().upper() for answer in answers])
+def exact_among(prediction, answers, allowed):
+    """exact, where an answer that is not allowed is never right."""
+    return exact(prediction, [a for a in answers if a.strip().upper() in allowed])
 
 
 def letter_score(prediction, answers, options):
-    return is_right_letter(choice_letter(prediction), answers, options or list("ABCD"))
+    return exact_among(choice_letter(prediction) or "", answers, options or list("ABCD"))
 
 
 def hr_score(prediction, answers, options):
-    return is_right_letter(hr_letter(prediction, options or {}), answers, options or {})
+    options = options or {}
+    return exact_among(hr_letter(prediction, options) or "", answers, options)
 
 
 def pope_score(prediction, answers):
     """quirk: POPE wants the bare word; "Yes." is wrong."""
-    return exact(prediction, [answer for answer in answers if exact(answer, ["yes", "no"])])
+    return exact_among(prediction, answers, ["YES", "NO"])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Metric:
     score: Callable                     # (prediction, answers) -> [0, 1]
     field: str | None = None            # the question's field that is its third argument
-    official: Callable = mean_official  # rows -> figures that its authors report; first, in percent
+    official: Callable = mean_official  # rows -> {figure: value in [0, 1]}, the main one last
 
 
 METRICS = {
     "exact": Metric(exact),
     "vqa": Metric(vqa_accuracy),
     "anls": Metric(anls),
-    "relaxed": Metric(relaxed_score, official=kinds_official),
-    "ocrbench": Metric(ocrbench, "dataset", ocrbench_official),
-    "letter": Metric(letter_score, "options", kinds_official),
-    "hr": Metric(hr_score, "options", hr_official),
+    "relaxed": Metric(relaxed_score),
+    "ocrbench": Metric(ocrbench, "dataset"),
+    "letter": Metric(letter_score, "options"),
+    "hr": Metric(hr_score, "options"),
     "pope": Metric(pope_score, official=pope_official),
 }
 
@@ -350,23 +313,22 @@ def score(question, prediction):
 
 
 def check_answers(question):
-    """Raise ValueError if an answer can never be right, or if every reply is.
+    """Raise ValueError if an answer could never be right, or if every reply would be.
 
     >>> check_answers({"metric": "letter", "answers": ["(A)"]})
     Traceback (most recent call last):
-    ValueError: no reply can match the answer '(A)' by the metric 'letter'
+    ValueError: the answer '(A)' does not fit the metric 'letter'
     """
     # quirk: an HME100k answer with a capital never matches, and the benchmark has such answers
     question = question | {"dataset": None}
-    metric = question.get("metric", "exact")
     for answer in dict.fromkeys(question.get("answers", [])):
-        if re.fullmatch(r"""\s*\[\s*(["']).*\1\s*\]\s*""", answer, re.DOTALL):
-            raise ValueError(f"the answer {answer!r} is a list written as a text")
-        replies = answer.strip(), answer.strip().upper()  # HR-Bench wants a capital
-        if not any(score(question, reply) for reply in replies):
-            raise ValueError(f"no reply can match the answer {answer!r} by the metric {metric!r}")
-        if score(question | {"answers": [answer]}, "\0"):
-            raise ValueError(f"every reply matches the answer {answer!r} by the metric {metric!r}")
+        text = answer.strip()
+        is_right = score(question, text) or score(question, text.upper())  # HR-Bench: a capital
+        is_always_right = score(question | {"answers": [answer]}, "\0")
+        is_list = re.fullmatch(r"""(?s)\[\s*["'].*["']\s*\]""", text)  # written as a text
+        if not is_right or is_always_right or is_list:
+            raise ValueError(f"the answer {answer!r} does not fit the metric "
+                             f"{question.get('metric', 'exact')!r}")
 
 
 def union_area(boxes, size):
@@ -376,12 +338,14 @@ def union_area(boxes, size):
     9.0
     """
     boxes = np.clip(np.reshape(boxes, (-1, 4)), 0, [*size, *size])
-    x0, y0, x1, y1 = boxes.T[:, :, None]  # (n, 1) each
-    x, y = np.unique(boxes[:, ::2]), np.unique(boxes[:, 1::2])  # no box has an edge in between
-    across = (x0 <= x[:-1]) & (x[:-1] < x1)  # (n, columns between edges)
-    down = (y0 <= y[:-1]) & (y[:-1] < y1)  # (n, rows between edges)
-    inside = down.T @ across  # (rows, columns) bool: inside any of the boxes
-    return float((np.outer(np.diff(y), np.diff(x)) * inside).sum())
+    boxes, area = boxes[boxes[:, 1].argsort()], 0  # from the top
+    for left, right in pairwise(np.unique(boxes[:, ::2])):  # a strip where no box begins or ends
+        bottom = 0  # of what is counted in this strip
+        for x0, y0, x1, y1 in boxes:
+            if x0 <= left < x1 and y1 > bottom:
+                area += (right - left) * (y1 - max(y0, bottom))
+                bottom = y1
+    return float(area)
 
 
 def overlap(crops, boxes, size):
@@ -393,16 +357,16 @@ def overlap(crops, boxes, size):
     >>> overlap([(0, 0, 50, 100)], [(0, 0, 100, 100)], (100, 100))
     (True, 0.5)
     """
-    def common(some):  # the area that the crops share with them
+    def shared(some):  # the area that the crops share with these boxes
         return seen + union_area(some, size) - union_area([*crops, *some], size)
 
-    seen, covered = union_area(crops, size), []
+    seen, covers = union_area(crops, size), True
     for box in boxes:
         own = union_area([box], size)
         if own == 0:
             raise BadInput(f"the box {box} lies outside the picture of {size[0]}x{size[1]} pixels")
-        covered.append(common([box]) >= own / 2)
-    return all(covered), common(boxes) / union_area([*crops, *boxes], size)
+        covers = covers and shared([box]) >= own / 2
+    return covers, shared(boxes) / union_area([*crops, *boxes], size)
 
 
 def paired(before, after):
@@ -429,14 +393,13 @@ def table(header, rows):
     >>> table(["kind", "n"], [["word", "100"], ["x", "7"]])
     ['kind    n', 'word  100', 'x       7']
     """
-    rows = [[printable(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
-        cells[0] = row[0].ljust(widths[0])
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    columns = []
+    for column in zip(header, *rows):
+        cells = [printable(cell) for cell in column]
+        width = max(map(len, cells))
+        justify = str.rjust if columns else str.ljust
+        columns.append([justify(cell, width) for cell in cells])
+    return ["  ".join(line).rstrip() for line in zip(*columns)]
 
 
 def number(value, form):
@@ -448,18 +411,9 @@ def number(value, form):
     return "-" if value != value else format(value, form).rstrip("%")
 
 
-def average(rows, method, field):
-    """Mean of a field of what a method answered, over the rows that have it; NaN if none has."""
-    return mean(row[method].get(field) for row in rows if method in row)
-
-
-def by_kind(rows):
-    """{kind: rows}; the last one is "all", where questions without a kind count as well."""
-    parts = {}
-    for row in rows:
-        parts.setdefault(row["kind"], []).append(row)
-    parts.pop("all", None)
-    return parts | {"all": rows}
+def values(rows, method, field):
+    """What a method's answers hold in a field, one for each row; None where there is nothing."""
+    return [row.get(method, {}).get(field) for row in rows]
 
 
 def compare(questions, methods, log=print):
@@ -479,14 +433,12 @@ def compare(questions, methods, log=print):
             log(f"question {len(rows)}/{len(questions)}")
     parts, lines = by_kind(rows), []
     for name in methods:
-        scores = [number(average(part, name, "score"), ".1%") for part in parts.values()]
-        lines.append([name, *scores, number(average(rows, name, "seconds"), ".3f")])
+        scores = [number(mean(values(part, name, "score")), ".1%") for part in parts.values()]
+        lines.append([name, *scores, number(mean(values(rows, name, "seconds")), ".3f")])
     return "\n".join(table(["", *parts, "s/question"], lines))
 
 
 COLUMNS = (  # heading, method and field of a row, format
-    ("plain", "plain", "score", ".1%"),
-    ("two-stage", "two_stage", "score", ".1%"),
     ("s plain", "plain", "seconds", ".3f"),
     ("s two", "two_stage", "seconds", ".3f"),
     ("tokens", "two_stage", "visual_tokens", ".0f"),
@@ -499,79 +451,48 @@ def measures(rows):
     """A line of the table: {heading: text}, with a dash for what is not known."""
     cells = {"n": str(len(rows))}
     for heading, method, field, form in COLUMNS:
-        cells[heading] = number(average(rows, method, field), form)
-    if "two_stage" not in rows[0]:
-        return cells
-    two = [row["two_stage"] for row in rows]
-    cells["RoI %"] = number(mean(bool(t["boxes"]) for t in two), ".0%")
-    if cells["plain"] == "-":
-        return cells
-    pairs = paired([row["plain"].get("score") for row in rows], [t.get("score") for t in two])
-    cells |= {"change": number(pairs["change"], "+.1%"), "\u00b1": number(pairs["interval"], ".1%"),
-              "lost": str(pairs["lost"]), "won": str(pairs["won"])}
+        cells[heading] = number(mean(values(rows, method, field)), form)
+    pairs = paired(values(rows, "plain", "score"), values(rows, "two_stage", "score"))
+    cells["change"] = number(pairs["change"], "+.1%")
+    if cells["change"] != "-":
+        cells |= {"\u00b1": number(pairs["interval"], ".1%"),
+                  "lost": str(pairs["lost"]), "won": str(pairs["won"])}
     return cells
 
 
-def paper_figures(config, benchmark):
-    """-> (the paper's name of the model of this config or None, {figure: [plain, SD-RPN]})."""
-    sizes = config and f"{config.model_type} {config.num_hidden_layers} {config.hidden_size}"
-    model = json.loads(PAPER.read_text()).get(sizes, {"name": None})
-    return model["name"], model.get(benchmark, {})
-
-
-def official_table(official, count, model, paper):
-    """The official figures {"plain": {figure: value}, "two_stage"?: ...}, beside the paper's."""
-    header = [f"official, {count} questions", *official]
-    rows = [[name, *(number(figures[name], ".1f") for figures in official.values())]
-            for name in official["plain"]]
-    if paper:
-        header.append(f"the paper's, {model}")
-        for row in rows:
-            known = ["-" if value is None else str(value) for value in paper.get(row[0], [])]
-            row.append(" -> ".join(known))
-    return table(header, rows)
-
-
-def shared(questions, key, default=None):
-    """What all questions say, or None if they differ."""
-    values = {q.get(key, default) for q in questions}
-    return values.pop() if len(values) == 1 else None
-
-
 def side_by_side(rows, questions, log=print, config=None):
-    """Log a line for each kind and the official figures -> a summary, scores in percent.
+    """Log a table of kinds and official figures beside the paper's -> a summary, in percent.
 
     rows: {"kind", "answers", "plain": {...}, "two_stage"?: {...}}, one for each question. A row
     without a score (its question has no answers) counts for times and boxes alone. config: the
-    model's, by which the paper's figures are found.
+    model's; its sizes find the paper's figures.
     """
-    lines = {kind: measures(part) for kind, part in by_kind(rows).items()}
-    header = [name for name, text in lines["all"].items() if text != "-"]
-    body = [[kind, *(cells.get(name, "-") for name in header)] for kind, cells in lines.items()]
-    for line in table(["kind", *header], body):
-        log(line)
-    if "change" in header:
-        log("lost: plain right, two-stage wrong; won: the reverse; \u00b1: 95 % interval of change")
-    if "recall" in header:
-        log("recall: the crops cover half of every true box")
-
-    metric, benchmark = shared(questions, "metric", "exact"), shared(questions, "benchmark")
+    said = {(q.get("metric", "exact"), q.get("benchmark")) for q in questions}
+    metric, benchmark = said.pop() if len(said) == 1 else (None, None)  # several
+    rule = METRICS[metric or "exact"].official
     summary = {"questions": len(rows), "metric": metric}
     scored = [row for row in rows if row["plain"].get("score") is not None]
     if len(scored) < len(rows):
-        log(f"{len(rows) - len(scored)} of {len(rows)} questions have no answers: not scored")
         summary["scored"] = len(scored)
-    if not scored:
-        return summary
-    rule = METRICS[metric].official if metric else mean_official
-    official = {}
+    lines = {kind: measures(part) for kind, part in by_kind(rows).items()}
     for name in ("plain", "two_stage"):
-        if name in rows[0]:
-            figures = rule(
-                [row | row[name] | {"prediction": row[name]["answer"]} for row in scored])
-            official[name] = {key: round(value, 2) for key, value in figures.items()}
-            summary[name] = next(iter(official[name].values()))
-    if benchmark or rule is not mean_official:
-        for line in official_table(official, len(scored), *paper_figures(config, benchmark)):
-            log(line)
-    return summary | {"official": official}
+        answers = [row | row[name] for row in scored if name in row]
+        if answers:
+            percent = {}
+            for figure, value in rule(answers).items():
+                percent[figure] = round(100 * value, 2)
+                lines.setdefault(figure, {})[name] = number(value, ".1%")
+            summary[name] = percent[figure]  # the last is the main one
+            summary.setdefault("official", {})[name] = percent
+
+    header = [name for name, text in lines["all"].items() if text != "-"]
+    sizes = config and f"{config.model_type} {config.num_hidden_layers} {config.hidden_size}"
+    paper = json.loads(PAPER.read_text()).get(sizes, {}).get(benchmark, {})
+    for column, figures in paper.items():
+        header.append(column)
+        for figure, line in lines.items():
+            line[column] = str(figures.get(figure, "-"))
+    body = [[kind, *(line.get(name, "-") for name in header)] for kind, line in lines.items()]
+    for line in table(["kind", *header], body):
+        log(line)
+    return summary

@@ -5,59 +5,65 @@
 
     questions, root = read_questions("questions.jsonl")
 
+The converters benchmarks.py and llava_mix.py end in convert(), which writes such a file.
 Left out: opening the pictures.
 """
 import json
+import os
 from pathlib import Path
 
-from clip import BadInput, reading
+from PIL import UnidentifiedImageError
+
+from clip import BadInput, printable, reading
 from data.files import write_text
 from data.metrics import METRICS, check_answers
-
-TEXT, NUMBER = (str,), (int, float)
-FIELDS = {  # name: the types its value may have; [...] is a list of such values, {...} a dict
-    "image": TEXT, "question": [TEXT], "answers": [TEXT], "kind": TEXT, "dataset": TEXT,
-    "benchmark": TEXT, "metric": TEXT, "options": {"letter": TEXT}, "cycle": TEXT + NUMBER,
-    "boxes": [[NUMBER]], "max_new_tokens": (int,), "tau": NUMBER}
+from data.program import log
 
 
-def fits(value, types):
-    """
-    >>> fits([[1, 2.5]], [[(int, float)]]), fits(["a", 5], [(str,)]), fits("a", [(str,)])
-    (True, False, False)
-    """
-    if isinstance(types, dict):
-        return type(value) is dict and fits(list(value.values()), list(types.values()))
-    if isinstance(types, list):
-        return type(value) is list and all(fits(each, types[0]) for each in value)
-    return type(value) in types
+def is_text(value):
+    return type(value) is str
+
+
+def is_texts(value):
+    return type(value) is list and all(map(is_text, value))
+
+
+def is_below_root(image):
+    return not Path(image).is_absolute() and ".." not in Path(image).parts
+
+
+def have_areas(boxes):
+    """True if x0 < x1 and y0 < y1 in every box (x0, y0, x1, y1)."""
+    return all(x1 - x0 > 0 and y1 - y0 > 0 for x0, y0, x1, y1 in boxes)
+
+
+FIELDS = {  # name: does the question's field hold what it should?
+    "image": is_below_root,
+    "question": lambda turns: is_texts(turns) and turns and all(map(str.strip, turns)),
+    "answers": is_texts,
+    "kind": is_text,
+    "dataset": is_text,
+    "benchmark": is_text,
+    "metric": lambda metric: metric in METRICS,
+    "options": lambda options: is_texts(list(options.values())),
+    "boxes": have_areas,
+    "max_new_tokens": lambda count: type(count) is int and count > 0,
+    "tau": lambda tau: 0 < tau < 1,
+}
 
 
 def check_question(record):
-    """The question that a record holds: turns in a list, and no null. Raises ValueError.
+    """The question that a record holds: its turns in a list, and no null.
 
-    Lone surrogates, which no tokeniser can encode, are refused as well.
+    Raises ValueError, TypeError, KeyError or AttributeError if it can not be asked or scored.
     """
     q = {key: value for key, value in record.items() if value is not None}
-    if fits(q["question"], TEXT):
+    if is_text(q["question"]):
         q["question"] = [q["question"]]
-    for key, types in FIELDS.items():
-        if key in q and not fits(q[key], types):
-            raise ValueError(f"{key!r} is of a wrong type: {str(q[key])[:60]}")
-    json.dumps(q, ensure_ascii=False).encode()
-    path = Path(q["image"])
-    rules = {
-        "'question' is empty": q["question"] and all(map(str.strip, q["question"])),
-        "'image' must be a path below the folder of the pictures":
-            path.name and not path.is_absolute() and ".." not in path.parts,
-        "'metric' must be one of " + ", ".join(METRICS): q.get("metric", "exact") in METRICS,
-        "'boxes' must be [[x0, y0, x1, y1], ...] with x0 < x1 and y0 < y1":
-            all(len(b) == 4 and b[0] < b[2] and b[1] < b[3] for b in q.get("boxes", [])),
-        "'tau' must lie between 0 and 1": 0 < q.get("tau", 0.5) < 1,
-        "'max_new_tokens' must be above 0": q.get("max_new_tokens", 1) > 0}
-    for rule, is_kept in rules.items():
-        if not is_kept:
-            raise ValueError(rule)
+    for field in ("image", *q):
+        if field in FIELDS and not FIELDS[field](q[field]):
+            raise ValueError(f"{field!r} can not be {str(q[field])[:60]!r}")
+    json.dumps(q, ensure_ascii=False).encode()  # fails on lone surrogates, as tokenisers do
     check_answers(q)
     return q
 
@@ -92,8 +98,41 @@ def write_questions(path, images, questions):
     write_text(path, "".join(lines))
 
 
+class LeftOut(Exception):
+    """LeftOut(reason, what) says that a converter does not use this record."""
+
+
+def convert(records, make, out, root):
+    """Write the questions that make(number, record) returns, and log what was left out.
+
+    out: the question file. root: the folder of the pictures. Returns the questions; raises BadInput
+    if there is none. make may raise LeftOut; whatever else is wrong with a record is "malformed".
+    """
+    kept, left_out = [], {}
+    for number, record in enumerate(records):
+        try:
+            question = make(number, record)
+            check_question(question)
+            kept.append(question)
+        except LeftOut as e:
+            reason, what = e.args
+            left_out.setdefault(reason, []).append(what)
+        except (AttributeError, LookupError, TypeError, ValueError, UnidentifiedImageError) as e:
+            problem = f"record {number}: {type(e).__name__}: {e}"
+            left_out.setdefault("malformed", []).append(problem)
+    said = f"left out: {describe(left_out) or 'nothing'}; pictures were looked for in {root}"
+    if not kept:
+        raise BadInput(f"no question can be used; {said}; see --help")
+    if left_out:
+        log(said)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_questions(out, root, kept)
+    print(f"wrote {len(kept):,} questions to {printable(os.path.relpath(out))}")
+    return kept
+
+
 def describe(left_out):
-    """{reason: [what a converter left out, ...]} in words.
+    """{reason: [what was left out, ...]} in words.
 
     >>> describe({"malformed": ["record 3", "record 9"], "of other sources": [4]})
     '2 malformed (first: record 3), 1 of other sources (first: 4)'
