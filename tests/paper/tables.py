@@ -173,17 +173,367 @@ def ask(args, m, rpn, recipe, picture, q, row, prefix):
         return answer(m, rpn, picture, question, mode, tau, limit, regions=regions, prefix=prefix)
 
 
-def timed(args, m, rpn, recipe, picture, q, row, keep):
-    """One question by one row -> its result: score in percent, seconds, and where the answer looked."""
+def timed(args, m, rpn, recipe, picture, q, row, keep, prefixes):
+    """One question by one row -> its result: score in percent, seconds, and where the answer looked.
+
+    prefixes {budget: (prefix, its seconds)} of this picture; its seconds count as if the row were alone.
+    """
     m.budget = row.budget or m.budget
-    began = time.perf_counter()
-    prefix = m.prefill(m.pixels(picture)[None], keep)
+    if row.budget not in prefixes:
+        began = now(m)
+        prefixes[row.budget] = m.prefill(m.pixels(picture)[None], keep), now(m) - began
+    prefix, seconds = prefixes[row.budget]
+    began = now(m)
     got = ask(args, m, rpn, recipe, picture, q, row, prefix)
-    result = {"id": q["id"], "kind": q["kind"], "score": 100 * metrics.score(q, got.text),
-              "seconds": time.perf_counter() - began}
+    score, seconds = 100 * metrics.score(q, got.text), seconds + now(m) - began
+    result = {"id": q["id"], "kind": q["kind"], "score": score, "seconds": seconds}
     if row.method != "plain":
         result["cropped"] = 100 * bool(got.boxes)
         if q["boxes"]:
             covers, iou = metrics.overlap(got.boxes, q["boxes"], picture.size)
             result |= {"covers": 100 * covers, "iou": iou}
     return result
+
+
+def measure(args, m, recipe, rows, questions, rpns):
+    """-> {row: [a result for each seed and question]}. What is the same for all seeds is asked once."""
+    results, asked, began, done = {row.name: [] for row in rows}, set(), time.time(), 0
+    keep = {0, args.vicrop_layer, *prefix_layers(recipe), *(rpn.frozen for rpn in rpns.values())}
+    total = sum(map(len, questions.values()))
+    for seed, of_seed in questions.items():
+        for picture, q in in_order(of_seed):
+            prefixes = {}
+            for row in rows:
+                rpn = rpns.get((row.name, seed))
+                how = args, m, rpn, recipe, picture, q, row, keep
+                if not results[row.name]:
+                    timed(*how, {})  # warms up
+                if (row.name, q["id"], rpn) not in asked:
+                    asked.add((row.name, q["id"], rpn))
+                    results[row.name].append(timed(*how, prefixes) | {"seed": seed})
+            done += 1
+            if done % 25 == 0:
+                log(f"question {done}/{total} | ETA {(time.time() - began) / done * (total - done):.0f} s")
+    return results
+
+
+# --------------------------------------------------------------------------------------- from results to text
+
+# title, key of a result, format
+COLUMNS = ("RoI %", "cropped", ".0f"), ("recall", "covers", ".0f"), ("IoU", "iou", ".2f"), ("s/question", "seconds", ".4f")
+
+
+def over_seeds(results, key, kinds=None):
+    """The mean over the seeds of each seed's mean, and half their range (None: one seed); None without a result."""
+    by_seed = {}
+    for r in results:
+        if key in r and (kinds is None or r["kind"] in kinds):
+            by_seed.setdefault(r["seed"], []).append(r[key])
+    means = [mean(values) for values in by_seed.values()]
+    if not means:
+        return None
+    return mean(means), (max(means) - min(means)) / 2 if len(means) > 1 else None
+
+
+def change(results, base, kinds):
+    """The mean change of the score against `base`, and half its 95 % interval, as text.
+
+    Question by question: one that was asked under several seeds counts once, with its mean.
+    """
+    scores = []
+    for rows in base, results:
+        by_question = {}
+        for r in rows:
+            if r["kind"] in kinds:
+                by_question.setdefault(r["id"], []).append(r["score"])
+        scores.append({name: mean(values) for name, values in by_question.items()})
+    before, after = scores
+    found = metrics.paired([before[name] for name in after], list(after.values()))
+    return f"{found['change']:+.1f} ±{found['interval']:.1f}"
+
+
+def summaries(kinds, without=()):
+    """{title: kinds} of the score columns: each kind, all of them, and all but those of --without.
+
+    >>> summaries(["word", "same"], ["same"])
+    {'word': ['word'], 'same': ['same'], 'all': ['word', 'same'], 'no same': ['word']}
+    """
+    columns = {kind: [kind] for kind in kinds} | {"all": kinds}
+    if without:
+        columns["no " + ", ".join(without)] = [kind for kind in kinds if kind not in without]
+    return columns
+
+
+def lay_out(rows, results, losses, without=()):
+    """Blocks of text: scores with what they cost, changes against plain, and against raw attention."""
+    base = results[rows[0].name]
+    kinds = summaries(list(dict.fromkeys(r["kind"] for r in base)), without)
+    plain_seconds = over_seeds(base, "seconds")[0]
+    lines = []
+    for row in rows:
+        cells, own = [row.name], results[row.name]
+        for of_kinds in kinds.values():
+            middle, half = over_seeds(own, "score", of_kinds)
+            cells.append(f"{middle:.1f}" + (f" ±{half:.1f}" if half is not None else ""))
+        for _, key, form in COLUMNS:
+            found = over_seeds(own, key)
+            cells.append(format(found[0], form) if found else "-")
+        cells.append(f"{plain_seconds / over_seeds(own, 'seconds')[0]:.2f}")
+        lines.append([*cells, losses.get(row.name, "-"), row.paper])
+    titles = [title for title, _, _ in COLUMNS]
+    blocks = [metrics.table(["", *kinds, *titles, "speed", "loss", "paper's"], lines)]
+    for title, against, others in (
+            ("change", rows[0].name, rows[1:]),
+            ("against raw", "#1 raw attention", [row for row in rows if row.method in ("RPN + MSE", "box", "mask")])):
+        if against in results:
+            lines = [[row.name, *(change(results[row.name], results[against], k) for k in kinds.values())]
+                     for row in others]
+            blocks.append(metrics.table([title, *kinds], lines))
+    return "\n\n".join(blocks) + (
+        "\n\nscores: ± half their range over seeds; change: against the first row, question by question, ± half the 95 % "
+        "interval\nrecall: the crops cover half of every true box; speed: relative to the first row")
+
+
+def emit(args, *texts):
+    print(*texts, sep="\n", flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with open(args.out / f"{args.what}.txt", "a", encoding="utf-8") as f:
+        print(*texts, "", sep="\n", file=f)
+
+
+def about(args, m, questions):
+    asked = f"questions of {Path(args.eval).name}" if args.eval else "toy questions"
+    more = f", --samples {args.samples}" if args.samples else ""
+    return (f"{args.what}: {run_name(args.ckpt)} ({m.fingerprint}), {str(m.dtype)[6:]} on {m.device.type}; "
+            f"{len(questions[args.seeds[0]])} {asked}, seeds {' '.join(map(str, args.seeds))}{more}")
+
+
+# ------------------------------------------------------------------------------------------------ the tables
+
+def show(args, rows, *notes):
+    """Train what the rows need, ask all questions by every row, print the table -> results."""
+    recipe, questions = load_recipe(find_checkpoint(args.ckpt)), read(args)
+    if args.vicrop_layer is None:
+        args.vicrop_layer = round(14 * depth_of(args) / 32)
+    if args.eval and not any(q["boxes"] for q in questions[args.seeds[0]].questions):
+        rows = [row for row in rows if row.method != "true box"]
+    paths = {(row.name, seed): trained(args, row, seed) for row in rows for seed in args.seeds if row.flags is not None}
+    m = open_model(args, recipe)
+    opened = {path: RPN.load(path, m) for path in set(paths.values())}
+    results = measure(args, m, recipe, rows, questions, {key: opened[path] for key, path in paths.items()})
+    losses = {row.name: final_loss([path for (name, _), path in paths.items() if name == row.name]) for row in rows}
+    emit(args, about(args, m, questions), lay_out(rows, results, losses, args.without), *notes)
+    return results
+
+
+PLAIN, TRUE = Row("plain", "plain"), Row("true box", "true box")
+
+
+def depth_of(args):
+    return read_config(find_checkpoint(args.ckpt))[1].num_hidden_layers
+
+
+def sweep(args, flag, own, values, paper):
+    """Masked Upscaling for each value of a flag; the recipe's own needs none, so that all tables share that run."""
+    rows = []
+    for value in args.values or values:
+        flags = [] if value == own else [flag, f"{value:g}"]
+        rows.append(Row(f"{flag[2:]} {value:g}", "mask", flags, paper.get(value, "")))
+    return rows
+
+
+def table3(args):
+    show(args, [
+        PLAIN,
+        Row("#1 raw attention", "raw attention", paper="+3.8"),
+        Row("#2 RPN + MSE", "RPN + MSE", [], "+5.3", ablation=ablations.REGRESSED),
+        Row("#3 + label assignment", "box", [], "+7.9", ablation=ablations.WITH_SINKS),
+        Row("#4 + sink removal", "box", [], "+9.0"),
+        Row("#5 masked", "mask", [], "+9.2"),
+        TRUE], PAPER + "; #1 to #4 crop boxes; the loss of #2 is in another unit")
+
+
+def table4a(args):
+    depth, recipe = depth_of(args), load_recipe(find_checkpoint(args.ckpt))
+    B, step = recipe.frozen_layers, max(1, depth // 8)
+    values = [b for b in range(B - 2 * step, B + 2 * step + 1, step) if 1 <= b <= depth - recipe.rpn_layers]
+    rows = sweep(args, "--frozen-layers", B, values, {B: "+9.2 (B = 15 of 32)"})
+    show(args, [PLAIN, *rows, TRUE], PAPER + "; it falls on both sides of B = 15")
+
+
+def table4b(args):
+    full = args.samples or load_recipe(find_checkpoint(args.ckpt)).train.samples
+    values = [full // 8, full // 4, full // 2] if full else [10000, 20000, 40000]
+    few = [row for row in sweep(args, "--samples", full, values, {}) if row.flags]
+    whole = Row(f"samples {full or 'all'}", "mask", [], "62.6 (152K)")
+    given = Row("data set's answers", "mask", [], "60.7 (152K)", ablation=ablations.GIVEN)
+    show(args, [PLAIN, *few, whole, given, TRUE], PAPER)
+
+
+def table7(args):
+    recipe = load_recipe(find_checkpoint(args.ckpt))
+    values = [r for r in (1, 2, 3, 4) if recipe.frozen_layers + r <= depth_of(args)]
+    rows = sweep(args, "--rpn-layers", recipe.rpn_layers, values, {1: "58.4", 3: "62.6"})
+    show(args, [PLAIN, *rows, TRUE], PAPER)
+
+
+def table8(args):
+    before = Row("smooth the labels", "mask", [], "2.1 lower, loss 0.05", ablation=ablations.PRESMOOTHED)
+    show(args, [PLAIN, Row("smooth the map", "mask", [], "62.6, loss 0.02"), before, TRUE], PAPER,
+         "labels: the attention is blurred before labels are assigned, and the RPN's map is not")
+
+
+def settings(args):
+    own = load_recipe(find_checkpoint(args.ckpt)).train
+    rows = [Row("the recipe's", "mask", [])]
+    for flag, value in (("--lr", own.lr / 3), ("--lr", 3 * own.lr), ("--epochs", 1), ("--epochs", 2 * own.epochs),
+                        ("--batch-size", 4 * own.batch_size)):
+        rows += sweep(argparse.Namespace(values=None), flag, None, [value], {})
+    show(args, [PLAIN, *rows, TRUE])
+
+
+def peers(args):
+    show(args, [
+        Row("plain", "plain", paper="TextVQA 46.1, V* 50.3"),
+        Row("#1 raw attention", "raw attention"),
+        Row("ViCrop rel-att", "ViCrop rel-att", paper="TextVQA 57.2, V* 52.4, speed 0.42"),
+        Row("SD-RPN box", "box", [], "speed 0.55"),
+        Row("SD-RPN masked", "mask", [], "TextVQA 58.7, V* 67.5, speed 0.62"),
+        TRUE],
+        "the paper's: LLaVA-1.5-7B; its RoI stage is 1.5 x faster than ViCrop's",
+        "ViCrop reads its map off layer 14 of 32, other depths in proportion (--vicrop-layer), divided by the map for",
+        f"'{rivals.GENERAL}', for the toy words it never learnt; its three passes share the prefix here")
+
+
+def tau(args):
+    rows = [PLAIN]
+    for mode in "box", "mask":
+        rows += [Row(f"{mode} {value:g}", mode, [], tau=value) for value in args.values or (0.02, 0.05, 0.1, 0.15, 0.3, 0.5)]
+    return show(args, [*rows, TRUE], "the paper's tau, tuned a benchmark: 0.15 TextVQA, InfoVQA, ChartQA, POPE; "
+                "0.10 DocVQA, V*, HR-Bench; 0.05 OCRBench")
+
+
+def fig5(args):
+    """Score against time: over the budget of pixels in families that have one, else over tau."""
+    what, results = "tau", None
+    if read_config(find_checkpoint(args.ckpt))[1].budget:
+        what, rows = "image tokens", []
+        for name, mode, flags in (("plain", "plain", None), ("SD-RPN", "mask", [])):
+            rows += [Row(f"{name} {most // CELL}", mode, flags, budget=(least, most))
+                     for least, most in args.budget or BUDGETS]
+        note = "the paper's (7B, V*): SD-RPN 77.5 with 576 tokens, which plain reaches with 4096"
+        results = show(args, rows, note)
+    else:
+        note, results = "the paper's Figure 5 varies the resolution of Qwen2.5-VL instead", tau(args)
+    series = {}
+    for name, got in results.items():
+        curve, _, value = name.partition(" ")
+        point = over_seeds(got, "seconds")[0], over_seeds(got, "score")[0], value or curve
+        series.setdefault(curve, []).append(point)
+    series.pop("true", None)
+    chart = plots.line_plot(series, "seconds per question", "score, %", f"Score against time; the numbers are {what}")
+    draw.save(chart, args.out / "fig5.png")
+    emit(args, f"drawn in fig5.png, each point with its {what}; {note}")
+
+
+# ------------------------------------------------------------------------------------ what teachers attend to
+
+def boxed(questions):
+    """The (picture, question) pairs with a true box, one picture in memory at a time."""
+    return ((picture, q) for picture, q in in_order(questions) if q.get("boxes"))
+
+
+def taught(args, m, recipe, samples):
+    """The teacher's maps and the true boxes -> [(raw (N,), clean (N,), inside (N,) bool, grid)], a question each."""
+    lessons = []
+    for picture, q in samples:
+        own = recipe.for_kind(q.get("kind"))
+        pixels, letterbox = training_view(m, own, picture)
+        prompt = m.prompt_ids(teacher_question(own, q["question"][-1]))
+        lesson = teach(m, own, pixels[None], [prompt], args.max_new_tokens or q.get("max_new_tokens", 32))
+        inside = letterbox.cells_of(q["boxes"]).flatten()
+        lessons.append((lesson.raw[0].cpu(), lesson.clean[0].cpu(), inside, letterbox.grid))
+        if len(lessons) % 25 == 0:
+            log(f"{len(lessons)} questions taught")
+    return lessons
+
+
+EDGES = [0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]  # of Figure 3's bins
+
+
+def relative_attention(maps, masks):
+    """Maps (N,) and true boxes' cells (N,), a question each -> a / a_max and inside, of all tokens in one row.
+
+    >>> relative_attention([torch.tensor([0.2, 0.4]), torch.zeros(2)], [torch.tensor([False, True])] * 2)
+    (tensor([0.5000, 1.0000]), tensor([False,  True]))
+    """
+    seen = [(a / a.max(), inside) for a, inside in zip(maps, masks) if a.max() > 0]
+    if not seen:
+        raise BadInput("no question has both a true box and an answer with attention; "
+                       "use --eval FILE whose questions have 'boxes'")
+    relative, inside = zip(*seen)
+    return torch.cat(relative), torch.cat(inside)
+
+
+def share(chosen):
+    """Percent of True; NaN of none."""
+    return 100 * chosen.float().mean().item()
+
+
+def fig3_bins(relative, inside):
+    """-> the percent inside the true box of the tokens in each bin [low, high), the last one with 1; their number."""
+    bins = torch.bucketize(relative, torch.tensor(EDGES[1:-1]), right=True)
+    chosen = [bins == k for k in range(len(EDGES) - 1)]
+    return [share(inside[c]) for c in chosen], [int(c.sum()) for c in chosen]
+
+
+def fig3(args):
+    recipe, questions = load_recipe(find_checkpoint(args.ckpt)), read(args)
+    m = open_model(args, recipe)
+    lessons = [lesson for asked in set(questions.values()) for lesson in taught(args, m, recipe, boxed(asked))]
+    parts, notes = {}, []
+    for name, column in (("with sinks", 0), ("sinks removed", 1)):
+        relative, inside = relative_attention([lesson[column] for lesson in lessons], [lesson[2] for lesson in lessons])
+        parts[name] = fig3_bins(relative, inside)
+        notes.append(f"{name}: inside the true box are, above 0.2: {share(inside[relative > 0.2]):.1f} %, "
+                     f"below 0.1: {share(inside[relative < 0.1]):.1f} %, of all: {share(inside):.1f} %")
+    rows = []
+    for k, low in enumerate(EDGES[:-1]):
+        rows.append([f"{low:g} - {EDGES[k + 1]:g}"])
+        for shares, counts in parts.values():
+            rows[-1] += [str(counts[k]), f"{shares[k]:.1f}"]
+    table = metrics.table(["a / a_max", "tokens with sinks", "%", "tokens, sinks removed", "%"], rows)
+    chart = plots.bar_plots(parts, EDGES, "relative attention a / a_max", "tokens inside the true box, %")
+    draw.save(chart, args.out / "fig3.png")
+    emit(args, about(args, m, questions), table, *notes,
+         "the paper's (TextVQA, LLaVA-1.5-7B): above 0.2: 40 %, below 0.1: 10 %",
+         "inside: the token's cell overlaps the box; removed sinks count as 0; drawn in fig3.png")
+
+
+# ------------------------------------------------------------------------------------------ the head finder
+
+def heads(args):
+    """With boxes, every other question chooses; the rest compare the found recipe with the shipped one."""
+    folder, args.seeds = find_checkpoint(args.ckpt), args.seeds[:1]
+    shipped = None
+    if (folder / "recipe.json").is_file() or "attention" in released_recipe(*read_config(folder)):
+        shipped = load_recipe(folder)
+    m, asked = open_model(args, shipped), read(args, 20)[args.seeds[0]]
+    view = shipped or Recipe({0: None}, 1, 1, None)
+    seen = look(args, m, view, asked)
+    emit(args, about(args, m, {args.seeds[0]: asked}), *finder.report(seen))
+    gaze = finder.beats_chance(seen)
+    if not gaze.any():
+        raise BadInput("no head beats chance: none looks at the true box more than at the boxes of other questions, "
+                       "so there is nothing to teach from; use questions that this model can answer")
+    recipe = found_recipe(m, *finder.choose(seen, gaze), shipped)
+    for name, each in (("this recipe", Recipe(**recipe)), ("the shipped one", shipped)):
+        if each and seen[0].inside is not None:
+            lessons = taught(args, m, each, islice(boxed(asked), 1, None, 2))
+            fit = mean(finder.agreement(clean, inside, grid) for _, clean, inside, grid in lessons)
+            emit(args, f"IoU of the labelled foreground's box and the true box, {len(lessons)} other questions: "
+                       f"{fit:.3f} with {name}")
+    text = "{" + ",\n ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in recipe.items()) + "}"
+    write_text(args.out / "recipe.json", text + "\n")
+    emit(args, "recipe.json, to put beside config.json (table4a, table7 sweep B and R):", text)
+    log(f"to use it: cp {args.out / 'recipe.json'} {m.folder / 'recipe.json'}")
