@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.metrics import table  # noqa: E402
 from sdrpn import (assign_labels, bounding_cells, response_attention, teacher_question,  # noqa: E402 (the project is
                    training_view)                                                        # on the path only now)
 
@@ -100,8 +101,11 @@ def inside_and_chance(seen):
 def beats_chance(seen, level=0.01):
     """(L, H) bool: the heads with more attention in the true box than in other boxes, significantly among L*H.
 
-    One-sided, normal approximation over the questions, level / (L*H) for each head (Bonferroni).
+    One-sided, normal approximation over the questions, level / (L*H) for each head (Bonferroni). Without boxes
+    nothing tells the heads apart: all of them.
     """
+    if seen[0].inside is None:
+        return torch.ones(seen[0].mass.shape, dtype=torch.bool)
     own, others = inside_and_chance(seen)
     excess = own - others  # (Q, L, H)
     error = excess.std(0) / len(seen) ** 0.5
@@ -182,6 +186,29 @@ def parks(tokens, attention):
     (True, False)
     """
     return attention >= 10 and attention >= 4 * tokens
+
+
+def report(seen):
+    """A line for each layer, the best heads, the layers that park -> lines of text."""
+    scores, gaze, columns = head_scores(seen), beats_chance(seen), parking(seen)
+    rows, parked = [], []
+    for layer, (norm, tokens, attention) in enumerate(zip(*columns)):
+        own = scores[layer]
+        rows.append([f"{layer}", f"{own.mean():.3f}", f"{own.max():.3f}", f"{int(gaze[layer].sum())}", f"{norm:.1f} x",
+                     f"{tokens:.1f} %", f"{attention:.1f} %"])
+        if parks(tokens, attention):
+            parked.append(str(layer))
+    best = ", ".join(f"{layer}.{head} {scores[layer, head]:.3f}" for layer, head in ranked(scores)[:12])
+    lines = [table(["layer", "mean", "best", "gaze heads", "longest norm", "long tokens", "attention on them"], rows),
+             f"best, as layer.head: {best}",
+             f"layers that park on sinks: {', '.join(parked) or 'none'} (long: above {LONG:g} x the median norm)"]
+    if seen[0].inside is None:
+        return ["attention on the image x (1 - spatial entropy): without true boxes nothing tells these heads from "
+                "chance; look at train.py's report.png", *lines]
+    chance = inside_and_chance(seen)[1].mean().item()
+    return [f"share of the attention inside the true box, sinks not counted; mean of {len(seen)} questions", *lines,
+            f"gaze heads: {int(gaze.sum())} of {gaze.numel()} hold more in the true box than in the boxes of other "
+            f"questions ({chance:.3f})"]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import json
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from statistics import mean
@@ -37,17 +37,18 @@ import ablations  # noqa: E402 (the project is on the path only now)
 import heads as finder  # noqa: E402
 import peers as rivals  # noqa: E402
 import plots  # noqa: E402
-from clip import BadInput, load_image  # noqa: E402
+import train  # noqa: E402
+from clip import BadInput, reading  # noqa: E402
 from data import draw, metrics  # noqa: E402
 from data.checkpoints import NAMES, find_checkpoint, run_name  # noqa: E402
-from data.evaluate import tau_of  # noqa: E402
-from data.files import read_rows, write_text  # noqa: E402
+from data.evaluate import now  # noqa: E402
+from data.files import write_text  # noqa: E402
 from data.program import at_least_1, log, run_program  # noqa: E402
-from data.questions import read_questions  # noqa: E402
 from data.run import read_ahead  # noqa: E402
+from data.toy.compare import ask  # noqa: E402
 from data.toy.scenes import KINDS, ToyQuestions  # noqa: E402
 from model import DTYPES, ROOT, load, read_config  # noqa: E402
-from sdrpn import (RECIPES, RPN, Recipe, answer, load_recipe, prefix_layers, released_recipe, teach,  # noqa: E402
+from sdrpn import (RELEASED, RPN, Recipe, Sink, answer, load_recipe, prefix_layers, released_recipe, teach,  # noqa: E402
                    teacher_question, training_view)
 
 PAPER = "the paper's: LLaVA-1.5-7B, mean of OCRBench, TextVQA, POPE and V*, plain 53.4"
@@ -60,7 +61,7 @@ BUDGETS = [(n * CELL, n * CELL) for n in (144, 256, 576, 1024, 2304)]
 @dataclass
 class Row:
     name: str
-    method: str           # "plain", "raw attention", "RPN + MSE", "ViCrop rel-att", "box", "mask" or "true box"
+    method: str           # one of data.toy.compare.METHODS, "RPN + MSE" or "ViCrop rel-att"
     flags: list = None    # how train.py is called; None: nothing is trained
     paper: str = ""
     tau: float = None     # None: the question's, else the RPN's
@@ -68,35 +69,22 @@ class Row:
     ablation: ablations.Ablation = ablations.NONE
 
 
-class FileQuestions:
-    """Questions of one turn from a file, at most `most` of each kind; items are (picture, question)."""
-
-    def __init__(self, path, most, scored):
-        questions, self.root = read_questions(path)
-        by_kind, self.questions = {}, []
-        for n, q in enumerate(questions):
-            if len(q["question"]) == 1 and (q.get("answers") or not scored):
-                own = {"kind": "all", "boxes": []} | q | {"id": f"file/{n}"}
-                by_kind.setdefault(own["kind"], []).append(own)
-        for of_kind in by_kind.values():
-            random.Random(0).shuffle(of_kind)
-            self.questions += of_kind[:most]
-        if not self.questions:
-            raise BadInput(f"{path}: no question of one turn{' with answers' * scored}")
-
-    def __len__(self):
-        return len(self.questions)
-
-    def __getitem__(self, n):
-        return load_image(self.root / self.questions[n]["image"]), self.questions[n]
-
-
-def read(args, per_kind=60):
-    """{seed: questions}. A file's are the same for every seed."""
-    if args.eval:
-        scored = args.what not in ("heads", "fig3")
-        return dict.fromkeys(args.seeds, FileQuestions(args.eval, args.count or (None if scored else per_kind), scored))
-    return {seed: ToyQuestions(f"tables/{seed}", (args.count or per_kind) * len(KINDS)) for seed in args.seeds}
+def read(args, per_kind=None):
+    """{seed: questions}; what is asked of a file is the same for every seed. per_kind: the default of --count."""
+    if args.eval is None:
+        return {seed: ToyQuestions(f"tables/{seed}", (args.count or per_kind or 60) * len(KINDS)) for seed in args.seeds}
+    file, by_kind, scored = train.FileQuestions(args.eval), {}, args.what not in ("heads", "fig3")
+    for q in file.questions:
+        if len(q["question"]) == 1 and (q.get("answers") or not scored):
+            own = {"kind": "all", "boxes": []} | q | {"id": f"line {q['line']}"}
+            by_kind.setdefault(own["kind"], []).append(own)
+    file.questions = []
+    for of_kind in by_kind.values():
+        random.Random(0).shuffle(of_kind)
+        file.questions += of_kind[:args.count or per_kind]
+    if not file.questions:
+        raise BadInput(f"{args.eval}: no question of one turn{' with answers' * scored}")
+    return dict.fromkeys(args.seeds, file)
 
 
 def in_order(questions):
@@ -129,7 +117,8 @@ def trained(args, row, seed):
     path = out / "rpn.safetensors"
     if path not in args.made:  # for another row of this table
         log(f"--- {out.name}")
-        ablations.train(row.ablation, [str(word) for word in words] + ["--fresh"] * args.fresh)
+        with ablations.training(row.ablation):
+            train.work(train.parser().parse_args([*map(str, words), *["--fresh"] * args.fresh]))
         args.made.add(path)
     return path
 
@@ -148,29 +137,25 @@ def final_loss(paths):
     losses = []
     for path in paths:
         log_file = path.parent / "log.jsonl"
-        steps = [row["loss"] for row in read_rows(log_file)] if log_file.is_file() else []
+        steps = [json.loads(line)["loss"] for line in log_file.read_text().splitlines()] if log_file.is_file() else []
         losses += steps[-max(1, len(steps) // 10):]
     return f"{mean(losses):.3g}" if losses else "-"
 
 
 # ------------------------------------------------------------------------------------------------- measuring
 
-def ask(args, m, rpn, recipe, picture, q, row, prefix):
+def ask_row(args, m, rpn, recipe, picture, q, row, prefix):
     """One question by one row -> Answer."""
-    question, limit, regions, mode = q["question"][-1], args.max_new_tokens or q.get("max_new_tokens", 32), None, "box"
+    limit, question = args.max_new_tokens or q.get("max_new_tokens", 32), q["question"][-1]
     if row.method == "ViCrop rel-att":
         return rivals.vicrop(m, picture, question, args.vicrop_layer, limit, prefix)
-    if row.method in ("plain", "box", "mask"):
-        mode = row.method
-    elif row.method == "raw attention":
-        regions = ablations.raw_regions(m, recipe.for_kind(q.get("kind")), picture, question, limit, prefix)
-    elif row.method == "RPN + MSE":
+    if row.method == "RPN + MSE":
         regions = ablations.regressed_regions(m, rpn, question, prefix)
-    else:
-        regions = ablations.true_regions(m, picture, q["boxes"])
-    tau = row.tau or (tau_of(q, rpn, recipe) if rpn else None)
+        return answer(m, rpn, picture, question, "box", max_new_tokens=limit, regions=regions, prefix=prefix)
+    threshold = row.tau or q.get("tau") or recipe.taus.get(q.get("benchmark"), recipe.tau)
+    own = replace(recipe.for_kind(q.get("kind")), tau=threshold)
     with ablations.asking(row.ablation):
-        return answer(m, rpn, picture, question, mode, tau, limit, regions=regions, prefix=prefix)
+        return ask(m, rpn, own, picture, q, row.method, prefix, limit)
 
 
 def timed(args, m, rpn, recipe, picture, q, row, keep, prefixes):
@@ -184,7 +169,7 @@ def timed(args, m, rpn, recipe, picture, q, row, keep, prefixes):
         prefixes[row.budget] = m.prefill(m.pixels(picture)[None], keep), now(m) - began
     prefix, seconds = prefixes[row.budget]
     began = now(m)
-    got = ask(args, m, rpn, recipe, picture, q, row, prefix)
+    got = ask_row(args, m, rpn, recipe, picture, q, row, prefix)
     score, seconds = 100 * metrics.score(q, got.text), seconds + now(m) - began
     result = {"id": q["id"], "kind": q["kind"], "score": score, "seconds": seconds}
     if row.method != "plain":
@@ -284,7 +269,7 @@ def lay_out(rows, results, losses, without=()):
     blocks = [metrics.table(["", *kinds, *titles, "speed", "loss", "paper's"], lines)]
     for title, against, others in (
             ("change", rows[0].name, rows[1:]),
-            ("against raw", "#1 raw attention", [row for row in rows if row.method in ("RPN + MSE", "box", "mask")])):
+            ("against raw", "#1 raw attention", [row for row in rows if row.method in ("RPN + MSE", "SD-RPN box", "SD-RPN masked", "ViCrop rel-att")])):
         if against in results:
             lines = [[row.name, *(change(results[row.name], results[against], k) for k in kinds.values())]
                      for row in others]
@@ -296,7 +281,6 @@ def lay_out(rows, results, losses, without=()):
 
 def emit(args, *texts):
     print(*texts, sep="\n", flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / f"{args.what}.txt", "a", encoding="utf-8") as f:
         print(*texts, "", sep="\n", file=f)
 
@@ -338,7 +322,7 @@ def sweep(args, flag, own, values, paper):
     rows = []
     for value in args.values or values:
         flags = [] if value == own else [flag, f"{value:g}"]
-        rows.append(Row(f"{flag[2:]} {value:g}", "mask", flags, paper.get(value, "")))
+        rows.append(Row(f"{flag[2:]} {value:g}", "SD-RPN masked", flags, paper.get(value, "")))
     return rows
 
 
@@ -347,9 +331,9 @@ def table3(args):
         PLAIN,
         Row("#1 raw attention", "raw attention", paper="+3.8"),
         Row("#2 RPN + MSE", "RPN + MSE", [], "+5.3", ablation=ablations.REGRESSED),
-        Row("#3 + label assignment", "box", [], "+7.9", ablation=ablations.WITH_SINKS),
-        Row("#4 + sink removal", "box", [], "+9.0"),
-        Row("#5 masked", "mask", [], "+9.2"),
+        Row("#3 + label assignment", "SD-RPN box", [], "+7.9", ablation=ablations.WITH_SINKS),
+        Row("#4 + sink removal", "SD-RPN box", [], "+9.0"),
+        Row("#5 masked", "SD-RPN masked", [], "+9.2"),
         TRUE], PAPER + "; #1 to #4 crop boxes; the loss of #2 is in another unit")
 
 
@@ -365,8 +349,8 @@ def table4b(args):
     full = args.samples or load_recipe(find_checkpoint(args.ckpt)).train.samples
     values = [full // 8, full // 4, full // 2] if full else [10000, 20000, 40000]
     few = [row for row in sweep(args, "--samples", full, values, {}) if row.flags]
-    whole = Row(f"samples {full or 'all'}", "mask", [], "62.6 (152K)")
-    given = Row("data set's answers", "mask", [], "60.7 (152K)", ablation=ablations.GIVEN)
+    whole = Row(f"samples {full or 'all'}", "SD-RPN masked", [], "62.6 (152K)")
+    given = Row("data set's answers", "SD-RPN masked", [], "60.7 (152K)", ablation=ablations.GIVEN)
     show(args, [PLAIN, *few, whole, given, TRUE], PAPER)
 
 
@@ -378,14 +362,14 @@ def table7(args):
 
 
 def table8(args):
-    before = Row("smooth the labels", "mask", [], "2.1 lower, loss 0.05", ablation=ablations.PRESMOOTHED)
-    show(args, [PLAIN, Row("smooth the map", "mask", [], "62.6, loss 0.02"), before, TRUE], PAPER,
+    before = Row("smooth the labels", "SD-RPN masked", [], "2.1 lower, loss 0.05", ablation=ablations.PRESMOOTHED)
+    show(args, [PLAIN, Row("smooth the map", "SD-RPN masked", [], "62.6, loss 0.02"), before, TRUE], PAPER,
          "labels: the attention is blurred before labels are assigned, and the RPN's map is not")
 
 
 def settings(args):
     own = load_recipe(find_checkpoint(args.ckpt)).train
-    rows = [Row("the recipe's", "mask", [])]
+    rows = [Row("the recipe's", "SD-RPN masked", [])]
     for flag, value in (("--lr", own.lr / 3), ("--lr", 3 * own.lr), ("--epochs", 1), ("--epochs", 2 * own.epochs),
                         ("--batch-size", 4 * own.batch_size)):
         rows += sweep(argparse.Namespace(values=None), flag, None, [value], {})
@@ -397,8 +381,8 @@ def peers(args):
         Row("plain", "plain", paper="TextVQA 46.1, V* 50.3"),
         Row("#1 raw attention", "raw attention"),
         Row("ViCrop rel-att", "ViCrop rel-att", paper="TextVQA 57.2, V* 52.4, speed 0.42"),
-        Row("SD-RPN box", "box", [], "speed 0.55"),
-        Row("SD-RPN masked", "mask", [], "TextVQA 58.7, V* 67.5, speed 0.62"),
+        Row("SD-RPN box", "SD-RPN box", [], "speed 0.55"),
+        Row("SD-RPN masked", "SD-RPN masked", [], "TextVQA 58.7, V* 67.5, speed 0.62"),
         TRUE],
         "the paper's: LLaVA-1.5-7B; its RoI stage is 1.5 x faster than ViCrop's",
         "ViCrop reads its map off layer 14 of 32, other depths in proportion (--vicrop-layer), divided by the map for",
@@ -407,8 +391,9 @@ def peers(args):
 
 def tau(args):
     rows = [PLAIN]
-    for mode in "box", "mask":
-        rows += [Row(f"{mode} {value:g}", mode, [], tau=value) for value in args.values or (0.02, 0.05, 0.1, 0.15, 0.3, 0.5)]
+    for name, method in ("box", "SD-RPN box"), ("mask", "SD-RPN masked"):
+        for value in args.values or (0.02, 0.05, 0.1, 0.15, 0.3, 0.5):
+            rows.append(Row(f"{name} {value:g}", method, [], tau=value))
     return show(args, [*rows, TRUE], "the paper's tau, tuned a benchmark: 0.15 TextVQA, InfoVQA, ChartQA, POPE; "
                 "0.10 DocVQA, V*, HR-Bench; 0.05 OCRBench")
 
@@ -418,7 +403,7 @@ def fig5(args):
     what, results = "tau", None
     if read_config(find_checkpoint(args.ckpt))[1].budget:
         what, rows = "image tokens", []
-        for name, mode, flags in (("plain", "plain", None), ("SD-RPN", "mask", [])):
+        for name, mode, flags in (("plain", "plain", None), ("SD-RPN", "SD-RPN masked", [])):
             rows += [Row(f"{name} {most // CELL}", mode, flags, budget=(least, most))
                      for least, most in args.budget or BUDGETS]
         note = "the paper's (7B, V*): SD-RPN 77.5 with 576 tokens, which plain reaches with 4096"
@@ -515,25 +500,114 @@ def fig3(args):
 def heads(args):
     """With boxes, every other question chooses; the rest compare the found recipe with the shipped one."""
     folder, args.seeds = find_checkpoint(args.ckpt), args.seeds[:1]
-    shipped = None
-    if (folder / "recipe.json").is_file() or "attention" in released_recipe(*read_config(folder)):
+    family, config = read_config(folder)
+    released, shipped = released_recipe(family, config), None
+    if (folder / "recipe.json").is_file() or "attention" in released:
         shipped = load_recipe(folder)
-    m, asked = open_model(args, shipped), read(args, 20)[args.seeds[0]]
-    view = shipped or Recipe({0: None}, 1, 1, None)
-    seen = look(args, m, view, asked)
-    emit(args, about(args, m, {args.seeds[0]: asked}), *finder.report(seen))
+    m, questions = open_model(args, shipped), read(args, 20)
+    asked, base = questions[args.seeds[0]], shipped or bare_recipe(m.depth, released)
+    seen = look(args, m, base, asked)
+    emit(args, about(args, m, questions), *finder.report(seen))
     gaze = finder.beats_chance(seen)
     if not gaze.any():
         raise BadInput("no head beats chance: none looks at the true box more than at the boxes of other questions, "
                        "so there is nothing to teach from; use questions that this model can answer")
-    recipe = found_recipe(m, *finder.choose(seen, gaze), shipped)
-    for name, each in (("this recipe", Recipe(**recipe)), ("the shipped one", shipped)):
+    pairs, c = finder.choose(seen, gaze)
+    attention = {layer: sorted(h for at, h in pairs if at == layer) for layer in sorted({layer for layer, _ in pairs})}
+    recipe = replace(base, attention=attention, softmax="image", sink=Sink("norm", c) if c else None, kinds={}, request=None)
+    for name, each in ("this recipe", recipe), ("the shipped one", shipped):
         if each and seen[0].inside is not None:
             lessons = taught(args, m, each, islice(boxed(asked), 1, None, 2))
             fit = mean(finder.agreement(clean, inside, grid) for _, clean, inside, grid in lessons)
             emit(args, f"IoU of the labelled foreground's box and the true box, {len(lessons)} other questions: "
                        f"{fit:.3f} with {name}")
-    text = "{" + ",\n ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in recipe.items()) + "}"
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in asdict(recipe).items() if value]
+    text = "{" + ",\n ".join(lines) + "}"
     write_text(args.out / "recipe.json", text + "\n")
-    emit(args, "recipe.json, to put beside config.json (table4a, table7 sweep B and R):", text)
-    log(f"to use it: cp {args.out / 'recipe.json'} {m.folder / 'recipe.json'}")
+    emit(args, "recipe.json, to put beside config.json (table4a and table7 sweep B and R):", text)
+
+
+def bare_recipe(depth, released):
+    """B and R as published for this shape, else in LLaVA-1.5's proportion, 15 of 32, and 3; heads are to be found."""
+    B = max(1, min(round(15 * depth / 32), depth - 3))
+    own = {"attention": {0: None}, "frozen_layers": B, "rpn_layers": min(3, depth - B), "train": RELEASED["train"]}
+    return Recipe(**own | {key: value for key, value in released.items() if key != "note"})
+
+
+def look(args, m, recipe, asked):
+    """What every head attended to, a Seen for each question that tells: every other one with a box, else all."""
+    seen, samples = [], list(islice(boxed(asked), 0, None, 2)) or list(in_order(asked))
+    for picture, q in samples:
+        one = finder.observe(m, recipe, picture, q, args.max_new_tokens or q.get("max_new_tokens", 32))
+        if one:
+            seen.append(one)
+        if len(seen) % 10 == 0:
+            log(f"{len(seen)} of {len(samples)} questions seen")
+    if len(seen) < 8:
+        raise BadInput(f"{len(seen)} answered questions are too few to tell a head from chance; use more (--count)")
+    return seen
+
+
+# ---------------------------------------------------------------------------------------------- answer files
+
+def compare(args):
+    """Two files that infer.py --eval --out wrote: question by question, which one scores higher?"""
+    rows = []
+    for path in args.files:
+        with reading(path, "name two files that infer.py --eval FILE --out wrote"):
+            lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+            rows.append({(row["image"], str(row["question"])): row for row in lines})
+    first, second = rows
+    both = [key for key in first if key in second]
+    for mode in "plain", "two_stage":
+        before, after = ([row[key].get(mode, {}).get("score") for key in both] for row in rows)
+        found = metrics.paired(before, after)
+        emit(args, f"{mode}: of {len(both)} questions {args.files[1]} won {found['won']} and lost {found['lost']} against "
+                   f"{args.files[0]}: {100 * found['change']:+.1f} ± {100 * found['interval']:.1f} points")
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+COMMANDS = {f.__name__: f for f in (table3, table4a, table4b, table7, table8, tau, peers, settings, fig3, fig5, heads,
+                                    compare)}
+
+
+def parser():
+    p = argparse.ArgumentParser("tables.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("what", choices=COMMANDS, help="see above")
+    add("files", nargs="*", metavar="ANSWERS", help="compare: two answer files")
+    add("--ckpt", default="toy", help=f"checkpoint folder, or one of {', '.join(NAMES)}; default: toy")
+    add("--eval", metavar="FILE", help="question file to score; default: toy scenes that no training saw")
+    add("--without", metavar="KIND", nargs="+", default=[], help="one more column: the mean without these kinds")
+    add("--rpn", help="use this RPN for the rows with default settings, instead of training one")
+    add("--data", type=Path, help="question file to train on; default: train.py's")
+    add("--images", type=Path, help="folder that --data's image paths are relative to")
+    add("--samples", type=at_least_1, help="train on this many questions; default: the recipe's")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training, and of the toy's questions; default: 0 1 2")
+    add("--count", type=at_least_1, help="questions of each kind; default: 60 toy questions (heads: 20), or the whole file")
+    add("--values", type=float, nargs="+", help="what table4a, table4b, table7, tau and fig5 sweep")
+    add("--budget", type=at_least_1, nargs=2, action="append", metavar=("MIN", "MAX"),
+        help="pixels of a picture, in families that take any size; fig5 sweeps several")
+    add("--vicrop-layer", type=at_least_1, help="layer of ViCrop's map; default: 14 of 32, in proportion")
+    add("--max-new-tokens", type=at_least_1, help="longest answer; default: the question's, else 32 (in training 128)")
+    add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+    add("--dtype", choices=DTYPES, help="default: as infer.py and train.py choose")
+    add("--out", type=Path, default=ROOT / "out" / "tables", help="folder for runs, texts and pictures; default: out/tables")
+    add("--fresh", action="store_true", help="train again what --out holds")
+    return p
+
+
+def work(args):
+    args.seeds, args.made = list(dict.fromkeys(args.seeds)), set()
+    args.out.mkdir(parents=True, exist_ok=True)
+    COMMANDS[args.what](args)
+
+
+def main(argv=None):
+    run_program(parser(), work, argv, memory="use --dtype float16, lower --max-new-tokens, or --device cpu",
+                again="stopped; finished trainings are kept, and the same command goes on")
+
+
+if __name__ == "__main__":
+    main()
