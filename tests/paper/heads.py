@@ -199,7 +199,7 @@ def report(seen):
         if parks(tokens, attention):
             parked.append(str(layer))
     best = ", ".join(f"{layer}.{head} {scores[layer, head]:.3f}" for layer, head in ranked(scores)[:12])
-    lines = [table(["layer", "mean", "best", "gaze heads", "longest norm", "long tokens", "attention on them"], rows),
+    lines = [*table(["layer", "mean", "best", "gaze heads", "longest norm", "long tokens", "attention on them"], rows),
              f"best, as layer.head: {best}",
              f"layers that park on sinks: {', '.join(parked) or 'none'} (long: above {LONG:g} x the median norm)"]
     if seen[0].inside is None:

@@ -23,6 +23,7 @@ Shapes: Q questions, L layers, H heads, N = h*w image tokens; boxes in source pi
 import argparse
 import json
 import random
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -87,10 +88,11 @@ def read(args, per_kind=None):
     return dict.fromkeys(args.seeds, file)
 
 
-def in_order(questions):
-    """All (picture, question) pairs; pictures are read ahead."""
-    for (pair,) in read_ahead(questions.__getitem__, ([n] for n in range(len(questions))), ahead=8):
-        yield pair
+def in_order(questions, boxed=False):
+    """All (picture, question) pairs, or those with true boxes; pictures are read ahead."""
+    for ((picture, q),) in read_ahead(questions.__getitem__, ([n] for n in range(len(questions))), ahead=8):
+        if q.get("boxes") or not boxed:
+            yield picture, q
 
 
 def open_model(args, recipe):
@@ -124,22 +126,18 @@ def trained(args, row, seed):
 
 
 def folder_name(args, row, seed):
-    """One folder for each seed, data and way of training: seed0-frozen-layers-2"""
-    parts = [f"seed{seed}", args.data and args.data.stem, args.samples and str(args.samples)]
+    """One folder for each seed, data and way of training: seed-0-frozen-layers-2"""
+    words = ["seed", seed, args.data and args.data.stem, args.samples, *row.flags]
     if row.ablation is not ablations.NONE:
-        parts.append(row.ablation.name.replace(",", "").replace("'", "").replace(" ", "-"))
-    parts += [flag.removeprefix("--") for flag in row.flags]
-    return "-".join(part for part in parts if part)
+        words.append(row.ablation.name)
+    return re.sub(r"[^\w.]+", "-", " ".join(str(word) for word in words if word is not None))
 
 
-def final_loss(paths):
-    """Mean training loss over the last tenth of the steps of these runs, as text; a dash for others."""
-    losses = []
-    for path in paths:
-        log_file = path.parent / "log.jsonl"
-        steps = [json.loads(line)["loss"] for line in log_file.read_text().splitlines()] if log_file.is_file() else []
-        losses += steps[-max(1, len(steps) // 10):]
-    return f"{mean(losses):.3g}" if losses else "-"
+def final_loss(path):
+    """Mean training loss over the last tenth of the run's steps; NaN if this is no run's folder."""
+    log_file = path.parent / "log.jsonl"
+    losses = [json.loads(line)["loss"] for line in log_file.read_text().splitlines()] if log_file.is_file() else []
+    return metrics.mean(losses[-max(1, len(losses) // 10):])
 
 
 # ------------------------------------------------------------------------------------------------- measuring
@@ -209,15 +207,13 @@ COLUMNS = ("RoI %", "cropped", ".0f"), ("recall", "covers", ".0f"), ("IoU", "iou
 
 
 def over_seeds(results, key, kinds=None):
-    """The mean over the seeds of each seed's mean, and half their range (None: one seed); None without a result."""
+    """The mean over the seeds of each seed's mean (NaN: no result), and half their range (None: one seed)."""
     by_seed = {}
     for r in results:
         if key in r and (kinds is None or r["kind"] in kinds):
             by_seed.setdefault(r["seed"], []).append(r[key])
     means = [mean(values) for values in by_seed.values()]
-    if not means:
-        return None
-    return mean(means), (max(means) - min(means)) / 2 if len(means) > 1 else None
+    return metrics.mean(means), (max(means) - min(means)) / 2 if len(means) > 1 else None
 
 
 def change(results, base, kinds):
@@ -250,33 +246,28 @@ def summaries(kinds, without=()):
 
 
 def lay_out(rows, results, losses, without=()):
-    """Blocks of text: scores with what they cost, changes against plain, and against raw attention."""
+    """Lines of text: scores with what they cost, changes against plain, and against raw attention."""
     base = results[rows[0].name]
     kinds = summaries(list(dict.fromkeys(r["kind"] for r in base)), without)
-    plain_seconds = over_seeds(base, "seconds")[0]
-    lines = []
+    table = []
     for row in rows:
         cells, own = [row.name], results[row.name]
         for of_kinds in kinds.values():
             middle, half = over_seeds(own, "score", of_kinds)
-            cells.append(f"{middle:.1f}" + (f" ±{half:.1f}" if half is not None else ""))
-        for _, key, form in COLUMNS:
-            found = over_seeds(own, key)
-            cells.append(format(found[0], form) if found else "-")
-        cells.append(f"{plain_seconds / over_seeds(own, 'seconds')[0]:.2f}")
-        lines.append([*cells, losses.get(row.name, "-"), row.paper])
+            cells.append(f"{middle:.1f}" if half is None else f"{middle:.1f} ±{half:.1f}")
+        cells += [metrics.number(over_seeds(own, key)[0], form) for _, key, form in COLUMNS]
+        speed = over_seeds(base, "seconds")[0] / over_seeds(own, "seconds")[0]
+        table.append([*cells, f"{speed:.2f}", metrics.number(metrics.mean(losses[row.name]), ".3g"), row.paper])
     titles = [title for title, _, _ in COLUMNS]
-    blocks = [metrics.table(["", *kinds, *titles, "speed", "loss", "paper's"], lines)]
+    lines = metrics.table(["", *kinds, *titles, "speed", "loss", "paper's"], table)
     for title, against, others in (
             ("change", rows[0].name, rows[1:]),
-            ("against raw", "#1 raw attention", [row for row in rows if row.method in ("RPN + MSE", "SD-RPN box", "SD-RPN masked", "ViCrop rel-att")])):
+            ("against raw", "#1 raw attention", [row for row in rows if row.flags is not None])):
         if against in results:
-            lines = [[row.name, *(change(results[row.name], results[against], k) for k in kinds.values())]
-                     for row in others]
-            blocks.append(metrics.table([title, *kinds], lines))
-    return "\n\n".join(blocks) + (
-        "\n\nscores: ± half their range over seeds; change: against the first row, question by question, ± half the 95 % "
-        "interval\nrecall: the crops cover half of every true box; speed: relative to the first row")
+            table = [[row.name, *(change(results[row.name], results[against], k) for k in kinds.values())] for row in others]
+            lines += ["", *metrics.table([title, *kinds], table)]
+    return [*lines, "", "scores: ± half their range over seeds; change: against the first row, question by question, ± half "
+            "the 95 % interval", "recall: the crops cover half of every true box; speed: relative to the first row"]
 
 
 def emit(args, *texts):
@@ -305,8 +296,10 @@ def show(args, rows, *notes):
     m = open_model(args, recipe)
     opened = {path: RPN.load(path, m) for path in set(paths.values())}
     results = measure(args, m, recipe, rows, questions, {key: opened[path] for key, path in paths.items()})
-    losses = {row.name: final_loss([path for (name, _), path in paths.items() if name == row.name]) for row in rows}
-    emit(args, about(args, m, questions), lay_out(rows, results, losses, args.without), *notes)
+    losses = {row.name: [] for row in rows}
+    for (name, _), path in paths.items():
+        losses[name].append(final_loss(path))
+    emit(args, about(args, m, questions), *lay_out(rows, results, losses, args.without), *notes)
     return results
 
 
@@ -423,11 +416,6 @@ def fig5(args):
 
 # ------------------------------------------------------------------------------------ what teachers attend to
 
-def boxed(questions):
-    """The (picture, question) pairs with a true box, one picture in memory at a time."""
-    return ((picture, q) for picture, q in in_order(questions) if q.get("boxes"))
-
-
 def taught(args, m, recipe, samples):
     """The teacher's maps and the true boxes -> [(raw (N,), clean (N,), inside (N,) bool, grid)], a question each."""
     lessons = []
@@ -475,7 +463,7 @@ def fig3_bins(relative, inside):
 def fig3(args):
     recipe, questions = load_recipe(find_checkpoint(args.ckpt)), read(args)
     m = open_model(args, recipe)
-    lessons = [lesson for asked in set(questions.values()) for lesson in taught(args, m, recipe, boxed(asked))]
+    lessons = [lesson for asked in set(questions.values()) for lesson in taught(args, m, recipe, in_order(asked, True))]
     parts, notes = {}, []
     for name, column in (("with sinks", 0), ("sinks removed", 1)):
         relative, inside = relative_attention([lesson[column] for lesson in lessons], [lesson[2] for lesson in lessons])
@@ -490,7 +478,7 @@ def fig3(args):
     table = metrics.table(["a / a_max", "tokens with sinks", "%", "tokens, sinks removed", "%"], rows)
     chart = plots.bar_plots(parts, EDGES, "relative attention a / a_max", "tokens inside the true box, %")
     draw.save(chart, args.out / "fig3.png")
-    emit(args, about(args, m, questions), table, *notes,
+    emit(args, about(args, m, questions), *table, *notes,
          "the paper's (TextVQA, LLaVA-1.5-7B): above 0.2: 40 %, below 0.1: 10 %",
          "inside: the token's cell overlaps the box; removed sinks count as 0; drawn in fig3.png")
 
@@ -517,7 +505,7 @@ def heads(args):
     recipe = replace(base, attention=attention, softmax="image", sink=Sink("norm", c) if c else None, kinds={}, request=None)
     for name, each in ("this recipe", recipe), ("the shipped one", shipped):
         if each and seen[0].inside is not None:
-            lessons = taught(args, m, each, islice(boxed(asked), 1, None, 2))
+            lessons = taught(args, m, each, islice(in_order(asked, True), 1, None, 2))
             fit = mean(finder.agreement(clean, inside, grid) for _, clean, inside, grid in lessons)
             emit(args, f"IoU of the labelled foreground's box and the true box, {len(lessons)} other questions: "
                        f"{fit:.3f} with {name}")
@@ -536,7 +524,7 @@ def bare_recipe(depth, released):
 
 def look(args, m, recipe, asked):
     """What every head attended to, a Seen for each question that tells: every other one with a box, else all."""
-    seen, samples = [], list(islice(boxed(asked), 0, None, 2)) or list(in_order(asked))
+    seen, samples = [], list(islice(in_order(asked, True), 0, None, 2)) or list(in_order(asked))
     for picture, q in samples:
         one = finder.observe(m, recipe, picture, q, args.max_new_tokens or q.get("max_new_tokens", 32))
         if one:
@@ -556,14 +544,13 @@ def compare(args):
     for path in args.files:
         with reading(path, "name two files that infer.py --eval FILE --out wrote"):
             lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-            rows.append({(row["image"], str(row["question"])): row for row in lines})
-    first, second = rows
-    both = [key for key in first if key in second]
+            rows.append({(row["image"], str(row["question"])): row["scores"] for row in lines})
+    before, after = rows
+    both = [key for key in before if key in after]
     for mode in "plain", "two_stage":
-        before, after = ([row[key].get(mode, {}).get("score") for key in both] for row in rows)
-        found = metrics.paired(before, after)
-        emit(args, f"{mode}: of {len(both)} questions {args.files[1]} won {found['won']} and lost {found['lost']} against "
-                   f"{args.files[0]}: {100 * found['change']:+.1f} ± {100 * found['interval']:.1f} points")
+        found = metrics.paired([before[key].get(mode) for key in both], [after[key].get(mode) for key in both])
+        emit(args, f"{mode}, of {len(both)} questions: {args.files[1]} won {found['won']} and lost {found['lost']} against "
+                   f"{args.files[0]}; {100 * found['change']:+.1f} ± {100 * found['interval']:.1f} points")
 
 
 # ---------------------------------------------------------------------------------------------- command line
