@@ -48,7 +48,7 @@ def observe(m, recipe, picture, q, max_new_tokens):
     tail = m.embed(m.tail(m.prompt_ids(teacher_question(recipe, q["question"][-1]))))  # (1, t, D)
     columns, cache, t = prefix.columns, prefix.cache, tail.shape[1]
     T = columns.stop + t
-    m.check_length(T + max_new_tokens)
+    m.reserve(cache, T + max_new_tokens)
     hidden = m.run(tail, 0, m.depth, m.text_rope(prefix.position, t), cache, columns.stop)
     cache.queries = {layer: [] for layer in range(m.depth)}
     m.decode(hidden[:, -1], cache, T, prefix.position + t, max_new_tokens)

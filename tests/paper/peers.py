@@ -116,8 +116,7 @@ def vicrop(m, picture, question, layer, max_new_tokens, prefix=None):
     tail = m.embed(m.tail(m.prompt_ids(question)))
     tail, rope, position = m.splice(tail, prefix.position, [crop])  # (1, t, D)
     P, T, cache = prefix.columns.stop, prefix.columns.stop + tail.shape[1], prefix.cache
-    m.check_length(T + max_new_tokens)
-    cache.length = T + max_new_tokens
+    m.reserve(cache, T + max_new_tokens)
     last = m.run(tail, 0, m.depth, rope, cache, P)[:, -1]
     text = m.detokenize(m.decode(last, cache, T, position, max_new_tokens)[0])
     return Answer(text, [crop], None, [], prefix)

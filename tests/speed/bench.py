@@ -244,7 +244,7 @@ class Bench:
         prefix = m.prefill(m.pixels(self.picture).expand(b, -1, -1, -1))
         tail = m.embed(m.tail(self.ids)).expand(b, -1, -1)  # (b, t, D)
         t, cache = tail.shape[1], prefix.cache
-        cache.length = self.T + new
+        m.reserve(cache, self.T + new)
         last = m.run(tail, 0, m.depth, m.text_rope(prefix.position, t), cache, self.P)[:, -1]
         return last, cache, self.T, prefix.position + t, new
 

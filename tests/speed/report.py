@@ -216,15 +216,14 @@ def reading(device, steps=20, batch=4):
 class Peak(TorchDispatchMode):
     """Counts the bytes of all tensors that are made while it lasts: `now`, and the most at once, `peak`."""
 
-    def __init__(self, held=0):
+    def __init__(self):
         super().__init__()
-        self.now = self.peak = held
-        self.known = weakref.WeakSet()
+        self.now, self.peak, self.known = 0, 0, weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
         for t in tree_leaves(result):
-            if isinstance(t, torch.Tensor) and t.untyped_storage() not in self.known:
+            if isinstance(t, torch.Tensor) and t.device.type != "meta" and t.untyped_storage() not in self.known:
                 storage, size = t.untyped_storage(), t.untyped_storage().nbytes()
                 self.known.add(storage)
                 self.now += size
@@ -244,9 +243,12 @@ def training_bytes(name, batch=8, layers=None):
     m, _, recipe = skeleton(name, layers)
     shape, B = m.pixels(Image.new("RGB", (SQUARE, SQUARE))).shape, recipe.frozen_layers
     with FakeTensorMode():
-        m.to_empty(device="cpu").to(torch.bfloat16)
-        with Peak(sum(p.nbytes for p in m.parameters())) as peak:
-            rpn = RPN.from_layers(m, B, recipe.rpn_layers)
+        m, rpn, _ = skeleton(name, layers)
+        with Peak() as peak:
+            m.load_state_dict({key: torch.empty(p.shape, dtype=torch.bfloat16) for key, p in m.state_dict().items()},
+                              assign=True)
+            rpn.load_state_dict({key: torch.empty(p.shape) for key, p in rpn.state_dict().items()}, assign=True)
+            m.requires_grad_(False)
             optimizer = torch.optim.AdamW(rpn.parameters(), fused=True)
             for _ in range(2):
                 with torch.no_grad():
@@ -255,9 +257,10 @@ def training_bytes(name, batch=8, layers=None):
                     rope, P = m.text_rope(prefix.position, tail.shape[1]), prefix.columns.stop
                     tail = m.run(tail, 0, B, rope, prefix.cache, P)
                     m.head(m.run(tail, B, m.depth, rope, prefix.cache, P)[:, -1])
-                hidden, rope = torch.cat([prefix.hidden[B], tail], 1), torch.cat([prefix.rope, rope], 1)
+                hidden, rope, columns = torch.cat([prefix.hidden[B], tail], 1), torch.cat([prefix.rope, rope], 1), prefix.columns
+                del prefix
                 with torch.autocast("cpu", torch.bfloat16):
-                    scores = rpn.score(hidden.float(), prefix.columns, [-1], rope)
+                    scores = rpn.score(hidden, columns, [-1], rope)
                 train.group_loss(scores, torch.ones(batch, 1, scores.shape[-1])).backward()
                 optimizer.step()
                 optimizer.zero_grad()
