@@ -56,8 +56,8 @@ def stages(m, rpn, device):
             ms[stage] += 1000 * (time.perf_counter() - began)
             return result
         return call
-    with (mock.patch.multiple(m, features=timed("encode", m.features), project=timed("encode", m.project),
-                              decode=timed("decode", m.decode)),
+    with (mock.patch.multiple(m, pixels=timed("encode", m.pixels), features=timed("encode", m.features),
+                              project=timed("encode", m.project), decode=timed("decode", m.decode)),
           mock.patch.object(rpn, "score", timed("rpn", rpn.score))):
         yield ms
 

@@ -11,6 +11,7 @@ The last line is one JSON object of all rows. What was measured is kept in out/b
 resumes. Left out: several GPUs, answers' quality.
 """
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -64,9 +65,15 @@ def stamp(device):
         cpu = Path("/proc/cpuinfo")
         found = re.search(r"model name\s*: (.*)", cpu.read_text()) if cpu.is_file() else None
         name = f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return (f"{name}, torch {torch.__version__}, Python {platform.python_version()}, "
-            f"commit {git.stdout.strip() or 'unknown'}")
+    return f"{name}, torch {torch.__version__}, Python {platform.python_version()}, commit {commit()}"
+
+
+def commit():
+    """The commit; with what was changed since, as a short name of the change."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    changed = git("diff", "HEAD", "--", "*.py").encode()
+    return git("rev-parse", "--short", "HEAD") + (f"+{hashlib.sha256(changed).hexdigest()[:6]}" if changed else "")
 
 
 def line(name, measured, bound=None, unit="", note=""):
@@ -187,7 +194,7 @@ def busy_programs(count):
 
 # ------------------------------------------------------------------------------------------ reading ahead
 
-def reading(device, steps=20, batch=4):
+def reading(device, steps=40, batch=4):
     """Steps whose pictures take as long to read and scale as a sample takes the model, which sleeps: like a GPU."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "picture.png")
