@@ -58,7 +58,7 @@ SHORT = "--samples", 4, "--epochs", 1, "--batch-size", 2, "--grad-accum", 1, "--
 def damage(rng, source):
     """The bytes of a file, with an entry of its JSON replaced, or some bytes changed, cut or doubled."""
     content = source.read_bytes()
-    if source.suffix in (".json", ".jsonl") and rng.random() < 0.7:
+    if content and source.suffix in (".json", ".jsonl") and rng.random() < 0.7:
         lines = content.decode().splitlines() if source.suffix == ".jsonl" or b"}\n{" in content else [content.decode()]
         n = rng.randrange(len(lines))
         lines[n] = json.dumps(damage_json(rng, json.loads(lines[n])))
