@@ -295,6 +295,7 @@ def show(args, rows, *notes):
     paths = {(row.name, seed): trained(args, row, seed) for row in rows for seed in args.seeds if row.flags is not None}
     m = open_model(args, recipe)
     opened = {path: RPN.load(path, m) for path in set(paths.values())}
+    m.budget = args.budget[0] if args.budget else m.budget  # an RPN brings its own
     results = measure(args, m, recipe, rows, questions, {key: opened[path] for key, path in paths.items()})
     losses = {row.name: [] for row in rows}
     for (name, _), path in paths.items():

@@ -77,12 +77,8 @@ class Bench:
         self.args, self.log, self.rows, self.filled = args, log, [], False
         self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.cuda, self.tiny = self.device.type == "cuda", args.random in TINY
-        usual = "bfloat16"
-        if self.tiny or args.random == "small" and not self.cuda:
-            usual = "float32"
-        elif self.cuda and "llava" in args.random:
-            usual = "float16"  # the file's
-        self.dtype = getattr(torch, args.dtype or usual)
+        small = self.tiny or args.random == "small"
+        self.dtype = getattr(torch, args.dtype or ("float32" if small and not self.cuda else "bfloat16"))
         self.m, self.rpn, self.recipe = skeleton(args.random, args.layers)
         self.w = Work(self.m, self.recipe, SQUARE, self.dtype.itemsize)
         self.grid, self.N, self.batch = self.w.grid, self.w.N, 8 if self.cuda or self.tiny else 1
@@ -176,7 +172,7 @@ class Bench:
             self.put(f"throughput, {name} / plain, {NEW} new, {crop} crop tokens", t["plain"]["all"] / t[key]["all"], bound,
                      " x", note)
         logits, has_picture = torch.where(cells, 9.0, -9.0), Letterbox.of(m, self.picture).holds_picture()
-        host = best(lambda: find_regions(logits, 0.15, has_picture), torch.device("cpu"), 1)
+        host = best(lambda: find_regions(logits, 0.15, has_picture), torch.device("cpu"))
         self.put("finding regions, on the host", 1000 * host, None, " ms", "target 2 ms")
 
     def pope(self):
@@ -206,35 +202,31 @@ class Bench:
         m, w, layer = self.m, self.w, min(self.recipe.attention)
         T, T2 = (len(m.prompt_ids(question)) + self.N - 1 for question in (QUESTION, GENERAL))
 
-        def look(**how):
-            return m.prefill(m.pixels(self.picture)[None], **how)
-
         def published():
             for question in QUESTION, GENERAL:
-                prefix, tail = look(keep=[0], depth=0), m.embed(m.tail(m.prompt_ids(question)))
+                prefix = m.prefill(m.pixels(self.picture)[None], keep=[0], depth=0)
+                tail = m.embed(m.tail(m.prompt_ids(question)))
                 rope = torch.cat([prefix.rope, m.text_rope(prefix.position, tail.shape[1])], 1)
                 all_maps(m, torch.cat([prefix.hidden[0], tail], 1), rope)[layer][0, :, -1].mean(0).cpu()
 
-        def stopped():
+        def stopped(share):
+            prefix = None
             for question in QUESTION, GENERAL:
-                attention_to_image(m, look(keep=[layer], depth=layer), question, layer).cpu()
-
-        def shared():
-            prefix = look(keep=[layer], depth=layer)
-            for question in QUESTION, GENERAL:
+                if not (share and prefix):
+                    prefix = m.prefill(m.pixels(self.picture)[None], keep=[layer], depth=layer)
                 attention_to_image(m, prefix, question, layer).cpu()
 
-        t = self.interleave(ours=lambda: self.rpn(m, self.picture, QUESTION), published=published, stopped=stopped,
-                            shared=shared)
-        below = layer * w.layer(T) + w.row(T) + layer * w.layer(T2) + w.row(T2)
-        behind = layer * w.layer(T2 - self.P, self.P) + w.row(T2 - self.P, self.P)
-        enc, ours = w.encode(), w.encode() + w.roi(T)
+        t = self.interleave(ours=lambda: self.rpn(m, self.picture, QUESTION), published=published,
+                            stopped=lambda: stopped(False), shared=lambda: stopped(True))
+        enc, ours, first = w.encode(), w.encode() + w.roi(T), layer * w.layer(T) + w.row(T)
         self.put("RoI stage, picture to map", t["ours"]["all"], 1000 * self.machine.seconds(ours), " ms")
         for name, what, flops, note in (
                 ("published", "ViCrop as published, two passes with all maps", 2 * enc + w.plain(T) + w.plain(T2),
                  "target 3.0"),
-                ("stopped", f"ViCrop stopped after layer {layer}", 2 * enc + below, "target 1.5"),
-                ("shared", "ViCrop stopped, image prefix shared", enc + layer * w.layer(T) + w.row(T) + behind, "")):
+                ("stopped", f"ViCrop stopped after layer {layer}", 2 * enc + first + layer * w.layer(T2) + w.row(T2),
+                 "target 1.5"),
+                ("shared", "ViCrop stopped, image prefix shared",
+                 enc + first + layer * w.layer(T2 - self.P, self.P) + w.row(T2 - self.P, self.P), "")):
             self.put(f"{what} / RoI stage", t[name]["all"] / t["ours"]["all"], flops / ours, " x", note)
 
     @torch.no_grad()
@@ -265,23 +257,18 @@ class Bench:
 
     def scaling(self):
         """How cost grows, against a plain answer of the same conversation, or 8 single ones. Bounds: their ratios."""
-        w, machine, grid, P = self.w, self.machine, self.grid, self.P
+        w, machine, grid, N = self.w, self.machine, self.grid, self.N
         past = tuple((f"{QUESTION} {i}", "a red sign") for i in range(3))
-        long, third = len(self.m.prompt_ids(QUESTION, past)) + self.N - 1, grid[0] // 3
+        long, third = len(self.m.prompt_ids(QUESTION, past)) + N - 1, grid[0] // 3
         one, two = squares(grid, (1, third)), squares(grid, (1, third), (grid[0] // 2 + 1, grid[0] - 1))
-        cases = {}  # name: prompt tokens, crop tokens, crops, cells, how to ask
-        for share in (0, 144, 300, 576):
-            n = round(share * self.N / 576)
-            cases[f"{n} crop tokens"] = self.T, n, 1, band(grid, n), {}
-        cases["1 region, Box Upscaling"] = self.T, self.N, 1, one, {"mode": "box"}
-        cases["2 regions, Box Upscaling"] = self.T, 2 * self.N, 2, two, {"mode": "box"}
-        cases[f"4 turns, {self.n} crop tokens"] = long, self.n, 1, band(grid, self.n), {"history": past}
-        runs = {name: lambda cells=cells, how=how: self.ask(cells, **how)
-                for name, (_, _, _, cells, how) in cases.items()}
-        t = self.interleave(**{str(self.T): self.ask, str(long): lambda: self.ask(history=past)}, **runs)
-        for name, (T, n, crops, *_) in cases.items():
-            bound = w.two_stage_seconds(machine, T, P, n, crops) / w.plain_seconds(machine, T)
-            self.put(f"two-stage / plain answer: {name}", t[name]["all"] / t[str(T)]["all"], bound, " x")
+        cases = [(f"{n} crop tokens", self.T, n, 1, band(grid, n), {}) for n in (0, N // 4, self.n, N)]
+        cases += [("1 region, Box Upscaling", self.T, N, 1, one, {"mode": "box"}),
+                  ("2 regions, Box Upscaling", self.T, 2 * N, 2, two, {"mode": "box"}),
+                  (f"4 turns, {self.n} crop tokens", long, self.n, 1, band(grid, self.n), {"history": past})]
+        for name, T, n, crops, cells, how in cases:
+            t = self.interleave(plain=lambda: self.ask(history=how.get("history", ())), two=lambda: self.ask(cells, **how))
+            bound = w.two_stage_seconds(machine, T, self.P, n, crops) / w.plain_seconds(machine, T)
+            self.put(f"two-stage / plain answer: {name}", t["two"]["all"] / t["plain"]["all"], bound, " x")
         t = self.interleave(one=lambda: self.generate(1, NEW), eight=lambda: self.generate(8, NEW))
         self.put("a plain batch of 8 / 8 plain answers", t["eight"]["all"] / (8 * t["one"]["all"]),
                  w.plain_seconds(machine, self.T, b=8) / (8 * w.plain_seconds(machine, self.T)), " x")
@@ -358,16 +345,11 @@ class Bench:
 
     def left_out(self, part):
         """Why a part can not be measured here, or None."""
-        if part == "reference" and self.m.config.model_type != "llava":
-            return "only LLaVA is compared"
-        if part == "reference" and importlib.util.find_spec("transformers") is None:
-            return "transformers is not installed"
-        batch = {"labels": self.batch, "scaling": 8, "shares": 8}.get(part, 1)
-        needed = self.w.answer_bytes(self.T, batch)
+        if part == "reference" and (self.m.config.model_type != "llava" or importlib.util.find_spec("transformers") is None):
+            return "it needs a LLaVA, and transformers"
+        needed = self.w.answer_bytes(self.T, {"labels": self.batch, "scaling": 8, "shares": 8}.get(part, 1))
         if part == "training":
-            needed = report.training_bytes(self.args.random, 2 if self.args.random == "small" else 8, self.args.layers)
-        elif part == "peers":  # all maps
-            needed += 2 * self.w.L * self.m.config.num_attention_heads * self.T ** 2 * self.dtype.itemsize
+            needed = report.training_bytes(self.args.random, layers=self.args.layers)
         room = free_bytes(self.device) + self.filled * self.w.answer_bytes(0, 0)
         return f"needs {needed / 1e9:.1f} GB, {room / 1e9:.1f} are free" if needed > room else None
 
@@ -399,7 +381,7 @@ def arguments(argv=None):
     p.add_argument("--random", choices=CONFIGS, default="small", help="whose shapes; default: small")
     p.add_argument("--layers", type=int, help="fewer decoder layers, at least 3; B and R shrink along")
     p.add_argument("--device", help="cpu, cuda; default: a GPU if there is one")
-    p.add_argument("--dtype", help="default: the file's on a GPU; on a CPU bfloat16, small and tiny ones float32")
+    p.add_argument("--dtype", help="default: bfloat16; on a CPU small and tiny ones float32")
     p.add_argument("--only", nargs="+", choices=[*PARTS, *report.ALONE], help="parts; default: all of a model")
     p.add_argument("--models", nargs="+", choices=CONFIGS, help="with --report: only these")
     p.add_argument("--repeat", type=int, default=3, help="rounds that count; from 2 on, one more warms up; default: 3")
