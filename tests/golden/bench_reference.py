@@ -1,4 +1,4 @@
-"""A reference library's model around our weights, for `python tests/bench.py --only reference`; and the toy in it.
+"""A reference library's model around our weights, for `python tests/speed/bench.py --only reference`; and the toy in it.
 
     python tests/golden/bench_reference.py --toy 100           # the toy, loaded by the library: the same answers?
 
@@ -16,9 +16,10 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from clip import VIT_L_14_336  # noqa: E402 (the project is on the path only now)
+from clip import VisionConfig  # noqa: E402 (the project is on the path only now)
+from data.checkpoints import TOY  # noqa: E402
 from data.toy.scenes import ToyQuestions  # noqa: E402
-from model import load  # noqa: E402
+from model import load, rename  # noqa: E402
 
 VERSION = f"transformers {transformers.__version__}"
 
@@ -29,14 +30,14 @@ TEXT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_
 def reference(llava):
     """The library's model around our weights: nothing is copied. What we lack (the tower's last layer) is zero."""
     config = LlavaConfig(
-        text_config=dict(model_type="llama", **{key: llava.config[key] for key in TEXT}),
-        vision_config=dict(model_type="clip_vision_model", **VIT_L_14_336 | llava.config["vision"]),
-        image_token_index=llava.config["image_token"], vision_feature_layer=-2,
+        text_config=dict(model_type="llama", **{key: getattr(llava.config, key) for key in TEXT}),
+        vision_config=vars(VisionConfig()) | llava.config.vision | {"model_type": "clip_vision_model"},
+        image_token_index=llava.config.image_token, vision_feature_layer=-2,
         vision_feature_select_strategy="default")
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config).eval()
     ours = dict(llava.named_parameters())
-    taken = {key: ours.pop(llava.canonical(key), None) for key in model.state_dict()}
+    taken = {key: ours.pop(rename(key, llava.renames()), None) for key in model.state_dict()}
     assert not ours, f"not in the reference: {list(ours)[:3]}"
     for key, expected in model.state_dict().items():
         if taken[key] is None:
@@ -53,7 +54,7 @@ def reference(llava):
 
 def expand(llava, ids):
     """One image token -> N of them, as the library wants it: (1, T)."""
-    token = llava.config["image_token"]
+    token = llava.config.image_token
     at, N = ids.index(token), llava.vision_tower.grid ** 2
     return torch.tensor([ids[:at] + [token] * N + ids[at + 1:]], device=llava.device)
 
@@ -69,7 +70,7 @@ def generate(model, llava, picture, question, new, eos=None):
 
 
 def compare_toy(count):
-    llava, same = load("toy", "cpu", "float32"), 0
+    llava, same = load(TOY, "cpu", "float32"), 0
     model = LlavaForConditionalGeneration.from_pretrained(llava.folder, dtype=torch.float32).eval()
     for picture, q in (ToyQuestions("reference", count)[i] for i in range(count)):
         question = q["question"][0]

@@ -1,13 +1,14 @@
-"""
-Which layers and heads look at the thing that is asked about: a recipe for a new backbone.
+"""Which layers and heads look at the thing that is asked about: a recipe for a new backbone.
 
-    seen = [observe(m, recipe, picture, q, 32) for picture, q in ...]      # every head's attention, a question each
-    gaze = beats_chance(seen)                                              # (L, H) bool
-    pairs, c = choose(seen, gaze)                                          # the recipe's heads and its sink criterion
+    python tests/paper/tables.py heads --ckpt FOLDER --eval FILE          # the whole report, and recipe.json
 
-A head looks at the thing if more of its attention falls into the true box than into the boxes of other questions: a
+    seen = [observe(m, recipe, picture, q, 32) for picture, q in ...]     # every head's attention, one question each
+    gaze = beats_chance(seen)                                             # (L, H) bool
+    pairs, c = choose(seen, gaze)                                         # the recipe's heads and its sink criterion
+
+A head looks at the thing if more of its attention falls into the true box than into the boxes of other questions. A
 head that likes the middle of every picture, where things mostly are, is no better than chance. A layer parks if much
-of its attention rests on a few image tokens whose hidden states are long: sinks (Kang 2025, Darcet 2023).
+of its attention rests on a few image tokens with long hidden states: sinks (Kang 2025, Darcet 2023).
 Left out: how well an RPN learns from these heads (tables.py table3), and B and R (table4a, table7).
 Shapes: L layers, H heads, (h, w) grid, N = h*w image tokens, T tokens, m response rows, D hidden width.
 """
@@ -20,51 +21,48 @@ from statistics import NormalDist, mean
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import KVCache, next_position  # noqa: E402 (the project is on the path only now)
-from sdrpn import assign_labels, bounding_cells, response_attention, teacher_question, training_view  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.metrics import table  # noqa: E402
+from sdrpn import (assign_labels, bounding_cells, response_attention, teacher_question,  # noqa: E402 (the project is
+                   training_view)                                                        # on the path only now)
 
-LONG = 1.5  # times the median norm: a sink, where it is only to be counted
+LONG = 1.5  # times the median norm: longer tokens count as sinks in the report
 CONSTANTS = (None, 10.0, 6.0, 4.0, 3.0, 2.5, 2.0, 1.7, 1.5, 1.3)  # c of the sink criterion to try; None: no sink
 
 
 @dataclass
 class Seen:
     """What every head attended to while one question was answered."""
-    maps: torch.Tensor           # (L, H, N) softmax over the image, mean over the response's rows
-    mass: torch.Tensor           # (L, H) share of the ordinary softmax that lies on the image
-    norms: torch.Tensor          # (L, N) lengths of the image tokens where each layer begins
-    grid: tuple                  # (h, w)
-    inside: torch.Tensor = None  # (N,) bool, the cells of the true box
+    maps: torch.Tensor    # (L, H, N) softmax over the image, mean over the response's rows
+    mass: torch.Tensor    # (L, H) share of the ordinary softmax that lies on the image
+    norms: torch.Tensor   # (L, N) lengths of the image tokens entering each layer
+    grid: tuple           # (h, w)
+    inside: torch.Tensor  # (N,) bool, the cells of the true box; None without boxes
 
 
 @torch.no_grad()
 def observe(m, recipe, picture, q, max_new_tokens):
-    """One question of one turn -> Seen, or None if the model answers nothing. recipe: how the teacher is shown it."""
-    question = teacher_question(recipe, q["question"][-1])
+    """One question of one turn -> Seen, or None if the answer is empty. recipe: how the teacher is shown it."""
     pixels, letterbox = training_view(m, recipe, picture)
-    ids, grid = m.prompt_ids(question), letterbox.grid
-    hidden, columns = m.embed_prompt(ids, m.encode(pixels[None]))  # (1, T, D)
-    T, positions = hidden.shape[1], m.positions(ids, grid)
-    m.check_length(T + max_new_tokens)
-    cache, rope, norms = KVCache(m, 1, T + max_new_tokens), m.rope(positions), []
-    cache.shift = next_position(positions) - T
-    for layer in range(m.depth):
-        norms.append(hidden[0, columns].float().norm(dim=-1))
-        hidden = m.run(hidden, layer, layer + 1, rope, cache)
+    prefix = m.prefill(pixels[None], keep=range(m.depth))
+    tail = m.embed(m.tail(m.prompt_ids(teacher_question(recipe, q["question"][-1]))))  # (1, t, D)
+    columns, cache, t = prefix.columns, prefix.cache, tail.shape[1]
+    T = columns.stop + t
+    m.reserve(cache, T + max_new_tokens)
+    hidden = m.run(tail, 0, m.depth, m.text_rope(prefix.position, t), cache, columns.stop)
     cache.queries = {layer: [] for layer in range(m.depth)}
-    m.decode(hidden[:, -1], cache, T, max_new_tokens)
+    m.decode(hidden[:, -1], cache, T, prefix.position + t, max_new_tokens)
     if not cache.queries[0]:
         return None
-    maps, mass = [], []
+    maps, mass, norms = [], [], []
     for layer in range(m.depth):
         rows = torch.cat(cache.queries[layer], 2)[0]  # (H, m, d)
         k = cache.k[layer][0, :, :T + rows.shape[1]]  # (Hkv, T+m, d)
         maps.append(response_attention(rows, k, columns, T, "image"))
         mass.append(response_attention(rows, k, columns, T, "sequence").sum(-1))
+        norms.append(prefix.hidden[layer][0, columns].float().norm(dim=-1))
     inside = letterbox.cells_of(q["boxes"]).flatten() if q.get("boxes") else None
-    stacked = [torch.stack(values).cpu() for values in (maps, mass, norms)]
-    return Seen(*stacked, grid, inside)
+    return Seen(torch.stack(maps).cpu(), torch.stack(mass).cpu(), torch.stack(norms).cpu(), letterbox.grid, inside)
 
 
 def without_sinks(maps, norms, c):
@@ -78,25 +76,23 @@ def without_sinks(maps, norms, c):
     return maps.masked_fill(norms > c * norms.median(-1, keepdim=True).values, 0.0)
 
 
-def shares(one, c=LONG):
+def shares(one):
     """A Seen -> (L, H, N) every head's attention to the image without sinks, summing to 1."""
-    clean = without_sinks(one.maps, one.norms[:, None], c)
+    clean = without_sinks(one.maps, one.norms[:, None], LONG)
     return clean / clean.sum(-1, keepdim=True).clamp(min=1e-12)
 
 
 def resized(inside, grid, other):
     """The cells of a box on one grid -> on another, (N,) bool."""
-    if grid == other:
-        return inside
     return F.interpolate(inside.view(1, 1, *grid).float(), other, mode="nearest").flatten() > 0
 
 
 def inside_and_chance(seen):
     """Every head's share inside the true box, and inside the boxes of the other questions: (Q, L, H) each."""
     own, others = [], []
-    for i, one in enumerate(seen):
+    for one in seen:
         p = shares(one)
-        strange = [resized(two.inside, two.grid, one.grid) for j, two in enumerate(seen) if j != i]
+        strange = [resized(two.inside, two.grid, one.grid) for two in seen if two is not one]
         own.append((p * one.inside).sum(-1))
         others.append((p * torch.stack(strange).float().mean(0)).sum(-1))
     return torch.stack(own), torch.stack(others)
@@ -105,28 +101,37 @@ def inside_and_chance(seen):
 def beats_chance(seen, level=0.01):
     """(L, H) bool: the heads with more attention in the true box than in other boxes, significantly among L*H.
 
-    One-sided, normal approximation over the questions, level / (L*H) for a head (Bonferroni).
+    One-sided, normal approximation over the questions, level / (L*H) for each head (Bonferroni). Without boxes
+    nothing tells the heads apart: all of them.
     """
+    if seen[0].inside is None:
+        return torch.ones(seen[0].mass.shape, dtype=torch.bool)
     own, others = inside_and_chance(seen)
     excess = own - others  # (Q, L, H)
-    heads = excess[0].numel()
     error = excess.std(0) / len(seen) ** 0.5
-    return excess.mean(0) > NormalDist().inv_cdf(1 - level / heads) * error
+    return excess.mean(0) > NormalDist().inv_cdf(1 - level / error.numel()) * error
 
 
 def head_scores(seen):
     """(L, H), higher is better. With boxes: the mean share inside the true box.
 
-    Without: mass on the image x (1 - spatial entropy): a head must look at the picture, and at little of it.
+    Without: mass on the image x (1 - spatial entropy). A head must look at the picture, and at little of it.
     """
-    if seen[0].inside is not None:
-        return torch.stack([(shares(one) * one.inside).sum(-1) for one in seen]).mean(0)
     scores = []
     for one in seen:
         p = shares(one)
-        entropy = -(p * p.clamp(min=1e-12).log()).sum(-1) / math.log(p.shape[-1])  # (L, H), 0 to 1
-        scores.append(one.mass * (1 - entropy))
+        if one.inside is not None:
+            scores.append((p * one.inside).sum(-1))
+        else:
+            entropy = -(p * p.clamp(min=1e-12).log()).sum(-1) / math.log(p.shape[-1])  # (L, H), 0 to 1
+            scores.append(one.mass * (1 - entropy))
     return torch.stack(scores).mean(0)
+
+
+def ranked(scores):
+    """(L, H) -> all (layer, head), the best first."""
+    H = scores.shape[1]
+    return [divmod(i, H) for i in scores.flatten().argsort(descending=True).tolist()]
 
 
 def agreement(clean, inside, grid):
@@ -146,18 +151,15 @@ def worth(seen, pairs, c):
     return mean(found)
 
 
-def choose(seen, gaze=None):
+def choose(seen, gaze):
     """-> the recipe's (layer, head) pairs, and c of its sink criterion (None: no sink is removed).
 
     gaze (L, H) bool: the heads that may be chosen. Candidates are the best 1 to 8 of them, compared by the labels
     they make. Without boxes nothing tells them apart: the best three of all, c = 4.
     """
-    scores = head_scores(seen)
-    H = scores.shape[1]
-    order = [divmod(i, H) for i in scores.flatten().argsort(descending=True).tolist()]
+    order = [pair for pair in ranked(head_scores(seen)) if gaze[pair]]
     if seen[0].inside is None:
         return order[:3], 4.0
-    order = [(layer, head) for layer, head in order if gaze is None or gaze[layer, head]]
     candidates = [(order[:n], c) for n in range(1, min(8, len(order)) + 1) for c in CONSTANTS]
     return max(candidates, key=lambda candidate: worth(seen, *candidate))
 
@@ -165,7 +167,7 @@ def choose(seen, gaze=None):
 def parking(seen):
     """How each layer parks -> lists of L: longest norm in medians, long tokens in %, attention on them in %.
 
-    Long: more than LONG x the median norm where the layer begins. Attention: on the image, mean of all heads.
+    Long: above LONG x the median norm. Attention: on the image, mean of all heads.
     """
     longest, tokens, attention = [], [], []
     for one in seen:
@@ -178,9 +180,36 @@ def parking(seen):
 
 
 def parks(tokens, attention):
-    """Does a layer park, from its row of parking()? A tenth of its attention on a few tokens, at a high rate.
+    """Does a layer park, from its row of parking()? At least 10 % of its attention, on few tokens.
 
     >>> parks(tokens=1.4, attention=40.0), parks(tokens=30.0, attention=40.0)
     (True, False)
     """
     return attention >= 10 and attention >= 4 * tokens
+
+
+def report(seen):
+    """A line for each layer, the best heads, the layers that park -> lines of text."""
+    scores, gaze, columns = head_scores(seen), beats_chance(seen), parking(seen)
+    rows, parked = [], []
+    for layer, (norm, tokens, attention) in enumerate(zip(*columns)):
+        own = scores[layer]
+        rows.append([f"{layer}", f"{own.mean():.3f}", f"{own.max():.3f}", f"{int(gaze[layer].sum())}", f"{norm:.1f} x",
+                     f"{tokens:.1f} %", f"{attention:.1f} %"])
+        if parks(tokens, attention):
+            parked.append(str(layer))
+    best = ", ".join(f"{layer}.{head} {scores[layer, head]:.3f}" for layer, head in ranked(scores)[:12])
+    lines = [*table(["layer", "mean", "best", "gaze heads", "longest norm", "long tokens", "attention on them"], rows),
+             f"best, as layer.head: {best}",
+             f"layers that park on sinks: {', '.join(parked) or 'none'} (long: above {LONG:g} x the median norm)"]
+    if seen[0].inside is None:
+        return ["attention on the image x (1 - spatial entropy): without true boxes nothing tells these heads from "
+                "chance; look at train.py's report.png", *lines]
+    chance = inside_and_chance(seen)[1].mean().item()
+    return [f"share of the attention inside the true box, sinks not counted; mean of {len(seen)} questions", *lines,
+            f"gaze heads: {int(gaze.sum())} of {gaze.numel()} hold more in the true box than in the boxes of other "
+            f"questions ({chance:.3f})"]
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -1,21 +1,20 @@
-"""
-Models of true sizes with random weights, of any family, with their RPN; and answers that crop what they are told.
+"""Models of true sizes with random weights, of any family, with their RPN; and answers that crop what they are told.
 
-    m, rpn, recipe, work = random_model("llava-1.5-7b", torch.device("cuda"), torch.float16)
-    steered(m, rpn, band((24, 24), 300), picture, QUESTION)    # an answer with a crop of exactly 300 tokens
+    m, rpn, recipe = random_model("llava-1.5-7b", torch.device("cuda"), torch.float16)
+    steered(m, rpn, band((24, 24), 300), picture, QUESTION)          # an answer with a crop of exactly 300 tokens
 
-    python tests/random_llava.py out/random-7b --random llava-1.5-7b    # a folder for --ckpt: 14 GB in shards
+    python tests/speed/random_llava.py out/random-7b --random llava-1.5-7b    # a folder for --ckpt: 14 GB in shards
 
 EOS is never the likeliest token, so every answer runs to its limit. Left out: answers that mean anything.
 """
 import argparse
-import importlib.util
 import json
 import re
 import shutil
 import sys
 import tempfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -23,14 +22,15 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE / "golden")]
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "golden")]
 
-import sdrpn  # noqa: E402 (the project is on the path only now)
-from bounds import Work  # noqa: E402
-from clip import VIT_L_14_336  # noqa: E402
-from model import find_checkpoint, read_family  # noqa: E402
-from sdrpn import RELEASED_TRAINING, RPN, answer  # noqa: E402
+import deepseek_formula  # noqa: E402 (the project is on the path only now)
+import qwen_formula  # noqa: E402
+import sdrpn  # noqa: E402
+from data.checkpoints import TOY  # noqa: E402
+from model import read_config  # noqa: E402
+from sdrpn import RELEASED, RPN, Recipe, answer, released_recipe  # noqa: E402
 from slow import regions_of  # noqa: E402
 
 QUESTION = ("What is written on the red sign over the door?\n"
@@ -41,33 +41,22 @@ TINY_BUDGET = 19600, 23520  # 5 x 5
 
 
 def llava(width, mlp, layers, heads, **vision):
-    """config.json of a LLaVA."""
+    """config.json of a LLaVA; without `vision` its tower is ViT-L/14-336."""
     text = dict(hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
                 rms_norm_eps=1e-5, max_position_embeddings=4096, vocab_size=32064)
-    return dict(model_type="llava", image_token_index=32000, text_config=text, vision_config=VIT_L_14_336 | vision)
+    return dict(model_type="llava", image_token_index=32000, text_config=text, vision_config=vision)
 
 
-def published(module, names):
-    """{name: config.json} of what a golden script knows; none if its family is not here."""
-    if importlib.util.find_spec(module) is None:
-        return {}
-    module = importlib.import_module(module)
-    return {name: getattr(module, table)[key] for name, (table, key) in names.items()}
-
-
-TINY_TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=48,
-                  patch_size=6)
 CONFIGS = {
     "llava-1.5-7b": llava(4096, 11008, 32, 32),
     "llava-1.5-13b": llava(5120, 13824, 40, 40),
     "small": llava(1024, 2816, 12, 16),
-    "tiny": llava(48, 80, 6, 4, **TINY_TOWER),
-    **published("deepseek_formula", {
-        "deepseek-vl-1.3b": ("TRUE_CONFIGS", "deepseek-vl-1.3b"), "deepseek-vl-7b": ("TRUE_CONFIGS", "deepseek-vl-7b"),
-        "tiny-deepseek": ("CONFIGS", "hybrid")}),
-    **published("qwen_formula", {
-        "qwen2.5-vl-3b": ("CONFIGS", "qwen2.5-vl-3b"), "qwen2.5-vl-7b": ("CONFIGS", "qwen2.5-vl-7b"),
-        "tiny-qwen": ("TINY", "tied")}),
+    "tiny": llava(48, 80, 6, 4, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+                  image_size=48, patch_size=6),
+    **deepseek_formula.TRUE_CONFIGS,
+    "tiny-deepseek": deepseek_formula.CONFIGS["hybrid"],
+    **qwen_formula.CONFIGS,
+    "tiny-qwen": qwen_formula.TINY["tied"],
 }
 TINY = tuple(name for name in CONFIGS if name.startswith("tiny"))
 
@@ -75,10 +64,9 @@ TINY = tuple(name for name in CONFIGS if name.startswith("tiny"))
 class Words:
     """Stands in for a tokeniser: an id for each word or sign. Only the number of ids matters here."""
 
-    def __init__(self, sizes, vision):
-        image = sizes.get("image_token", min(100015, sizes["vocab_size"] - 1))  # else the tokeniser would say it
-        self.size = image
-        self.ids = {"<|vision_start|>": vision, "<|vision_end|>": vision + 1, "<image_placeholder>": image}
+    def __init__(self, config, vision):
+        self.size = config.image_token if config.model_type != "multi_modality" else min(100015, config.vocab_size - 1)
+        self.ids = {"<|vision_start|>": vision, "<|vision_end|>": vision + 1, "<image_placeholder>": self.size}
 
     def bos_id(self):
         return 1
@@ -104,17 +92,18 @@ def skeleton(name, layers=None):
     """A model without weights (on the meta device), its RPN, its recipe. layers: fewer of the decoder's."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(CONFIGS[name]))
-        family, sizes = read_family(Path(folder))
-    depth = sizes["num_hidden_layers"]
-    recipe = plain_recipe(depth) | sdrpn.released_recipe(family, sizes)
+        family, config = read_config(folder)
+    depth = config.num_hidden_layers
+    fields = plain_recipe(depth) | released_recipe(family, config)
+    fields.pop("note", None)
     if layers:
-        sizes["num_hidden_layers"] = layers
-        frozen = max(1, recipe["frozen"] * layers // depth)
-        recipe |= plain_recipe(layers) | dict(frozen=frozen, layers=min(recipe["layers"], layers - frozen))
-    recipe = sdrpn.recipe_for(recipe, None)
+        config = replace(config, num_hidden_layers=layers)
+        frozen = max(1, fields["frozen_layers"] * layers // depth)
+        fields |= plain_recipe(layers) | dict(frozen_layers=frozen, rpn_layers=min(fields["rpn_layers"], layers - frozen))
+    recipe = Recipe(**fields).for_kind(None)
     with torch.device("meta"):
-        m = family(sizes, Words(sizes, CONFIGS[name].get("vision_start_token_id", 0)))
-        rpn = RPN(m.config, recipe["frozen"], recipe["layers"])
+        m = family(config, Words(config, CONFIGS[name].get("vision_start_token_id", 0)))
+        rpn = RPN(m.config, recipe.frozen_layers, recipe.rpn_layers)
     if m.budget is not None:
         m.budget = TINY_BUDGET if name in TINY else BUDGET
     m.folder, m.fingerprint = Path(name), "random"
@@ -122,11 +111,11 @@ def skeleton(name, layers=None):
 
 
 def plain_recipe(depth):
-    """For a shape that none was released for."""
+    """For a shape that no recipe was released for."""
     frozen = depth // 2
-    sink = dict(kind="attention", attention={str(min(2, depth - 1)): None}, threshold=1e-3)
-    return dict(attention={str(frozen - 1): [0, 1, 2]}, softmax="sequence", sink=sink, frozen=frozen,
-                layers=min(2, depth - frozen), tau=0.15, train=RELEASED_TRAINING)
+    sink = dict(kind="attention", attention={min(2, depth - 1): None}, threshold=1e-3)
+    return dict(attention={frozen - 1: [0, 1, 2]}, softmax="sequence", sink=sink, frozen_layers=frozen,
+                rpn_layers=min(2, depth - frozen), train=RELEASED["train"])
 
 
 def fill(module, device, dtype):
@@ -148,18 +137,17 @@ def fill(module, device, dtype):
 def give_weights(m, rpn, device, dtype):
     fill(m, device, dtype)
     fill(rpn, device, dtype)
-    if m.config["tied"]:
+    if m.config.tied:
         m.lm_head.weight = m.language_model.embed_tokens.weight
-    for token in m.config["eos_ids"]:
+    for token in m.config.eos_ids:
         m.lm_head.weight[token] = 0.0  # its logit is 0; the largest of all the others never is
 
 
 def random_model(name, device, dtype, layers=None):
-    """-> a model, its RPN, its recipe, and the Work that its stages are."""
+    """-> a model, its RPN, its recipe."""
     m, rpn, recipe = skeleton(name, layers)
-    work = Work(m, recipe, SQUARE, dtype.itemsize)
     give_weights(m, rpn, device, dtype)
-    return m, rpn, recipe, work
+    return m, rpn, recipe
 
 
 # -------------------------------------------------------------------------------- what is cropped
@@ -202,8 +190,7 @@ def write_checkpoint(name, folder, shard_bytes=2 << 30):
     """A LLaVA's folder in the Hugging Face layout, float16, filled and written one part of the network at a time."""
     m, _, _ = skeleton(name)
     folder.mkdir(parents=True)
-    for file in ("tokenizer.model", "preprocessor_config.json"):
-        shutil.copy(find_checkpoint("toy") / file, folder / file)
+    shutil.copy(TOY / "tokenizer.model", folder)
     (folder / "config.json").write_text(json.dumps(CONFIGS[name] | {"torch_dtype": "float16"}, indent=1) + "\n")
     weight_map, shard = {}, {}
 

@@ -1,17 +1,17 @@
-"""
-`python tests/bench.py --report`: every row of the README's tables of speed that this machine can measure, as one block.
+"""`python tests/speed/bench.py --report`: every speed and memory figure that this machine can measure, as one block.
 
-    1. do the device's answers equal the CPU's, on the toy and on the golden cases?
-    2. what a busy machine costs (on a CPU)
-    3. the parts of bench.py, model by model, each in a process of its own, so that memory comes back
+Beside the parts of bench.py, which run model by model in processes of their own so that memory comes back, it has:
 
-Results so far lie in out/bench/<device, versions, commit>.json: stopped at any moment, the same command goes on.
-Left out: several GPUs, answers' quality.
+    check     do the device's answers equal the CPU's, on the toy and on the golden cases?
+    busy      what a busy machine costs (CPU)
+    reading   pictures per second with and without reading ahead, the model replaced by a sleep
+    memory    memory of a training step, from shapes alone
+
+The last line is one JSON object of all rows. What was measured is kept in out/bench/; if you stop it, the same command
+resumes. Left out: several GPUs, answers' quality.
 """
 import contextlib
 import hashlib
-import importlib
-import importlib.util
 import json
 import os
 import platform
@@ -21,40 +21,38 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 
 import torch
+from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(HERE / "golden")]
+from random_llava import CONFIGS, QUESTION, SQUARE, TINY, skeleton  # also puts the project on the path
 
-from data.files import write_text  # noqa: E402 (the project is on the path only now)
-from data.toy.scenes import ToyQuestions  # noqa: E402
-from model import load  # noqa: E402
-from sdrpn import RPN, answer  # noqa: E402
+import deepseek_formula
+import formula
+import qwen_formula
+import slow
+import train
+from clip import load_image, preprocess
+from data.run import read_ahead
+from data.toy.scenes import ToyQuestions
+from model import ROOT, load
+from sdrpn import RPN, answer
 
-ON_GPU = [  # model, layers, parts: the most wanted first
-    ("llava-1.5-7b", None, "answer ratios peers labels shares kernels training compile reference".split()),
-    ("llava-1.5-13b", None, ["answer", "ratios"]),
-    ("deepseek-vl-1.3b", None, ["answer", "ratios", "shares", "kernels"]),
-    ("qwen2.5-vl-3b", None, ["answer", "ratios", "shares", "kernels"]),
-    ("deepseek-vl-7b", None, ["answer", "ratios"]),
-    ("qwen2.5-vl-7b", None, ["answer", "ratios"]),
-    ("llava-1.5-7b", None, ["scaling"]),
+MODELS = [  # layers if not all, parts; the small model of each family first
+    ("small", None, ["answer", "prefix", "shares", "training", "scaling", "reference"]),
+    ("deepseek-vl-1.3b", None, ["answer", "prefix", "shares"]),
+    ("qwen2.5-vl-3b", None, ["answer", "prefix", "shares"]),
+    ("llava-1.5-7b", None, ["answer", "prefix", "pope", "peers", "labels", "shares", "training", "reference"]),
+    ("llava-1.5-7b", 8, ["training"]),
+    ("deepseek-vl-7b", None, ["answer", "prefix"]),
+    ("qwen2.5-vl-7b", None, ["answer", "prefix"]),
+    ("llava-1.5-13b", None, ["answer", "prefix"]),
 ]
-ON_CPU = [  # the smallest of each family first
-    ("deepseek-vl-1.3b", None, ["answer", "ratios", "kernels"]),
-    ("qwen2.5-vl-3b", None, ["answer", "ratios", "kernels"]),
-    ("llava-1.5-7b", None, ["answer", "ratios", "peers", "labels", "kernels"]),
-    ("llava-1.5-7b", 8, ["training"]),  # of all its layers, with AdamW's moments, it needs more memory than most have
-    ("small", None, ["scaling", "reference", "compile"]),
-    ("llava-1.5-7b", None, ["shares"]),
-    ("deepseek-vl-7b", None, ["answer", "ratios"]),
-    ("qwen2.5-vl-7b", None, ["answer", "ratios"]),
-    ("llava-1.5-13b", None, ["answer", "ratios"]),
-]
-FAMILIES = ("formula", "deepseek_formula", "qwen_formula")  # tests/golden/: tiny models of each
 
 
 # ------------------------------------------------------------------------------------------- what is kept
@@ -74,10 +72,8 @@ def commit():
     """The commit; with what was changed since, as a short name of the change."""
     def git(*words):
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    name, changed = git("rev-parse", "--short", "HEAD"), git("diff", "HEAD", "--", "*.py")
-    if changed:
-        name += f"+{hashlib.sha256(changed.encode()).hexdigest()[:6]}"
-    return name or "unknown"
+    changed = git("diff", "HEAD", "--", "*.py").encode()
+    return git("rev-parse", "--short", "HEAD") + (f"+{hashlib.sha256(changed).hexdigest()[:6]}" if changed else "")
 
 
 def line(name, measured, bound=None, unit="", note=""):
@@ -87,138 +83,101 @@ def line(name, measured, bound=None, unit="", note=""):
     return f"{name:66}{show(measured):>14}{show(bound):>12}  {note}".rstrip()
 
 
-class Store:
-    """Rows so far: {entry: {"facts": text, "parts": {part: {"rows": [...], "left_out": why, "begun": times}}}}."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-        self.entries = json.loads(self.path.read_text()) if self.path.is_file() else {}
-
-    def write(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, json.dumps(self.entries, indent=1) + "\n")
-
-    def part(self, entry, part):
-        parts = self.entries.setdefault(entry, {"facts": "", "parts": {}})["parts"]
-        return parts.setdefault(part, {"rows": [], "left_out": None, "begun": 0})
-
-    def describe(self, entry, facts):
-        self.entries.setdefault(entry, {"facts": "", "parts": {}})["facts"] = facts
-
-    def rows(self, entry, part):
-        return self.part(entry, part)["rows"]
-
-    def begin(self, entry, part):
-        self.part(entry, part)["begun"] += 1
-        self.write()
-
-    def stopped_twice(self, entry, part):
-        found = self.part(entry, part)
-        return "stopped in it twice" if found["begun"] >= 2 and not found["rows"] else None
-
-    def end(self, entry, part, rows, left_out=None):
-        found = self.part(entry, part)
-        found |= {"rows": rows, "left_out": left_out}
-        if not (rows or left_out):
-            found["left_out"] = "gave no row"
-        self.write()
-
-    def block(self, head):
-        """The markdown block for the README."""
-        lines = [*head, ""]
-        for entry, found in self.entries.items():
-            lines += [f"{entry}: {found['facts']}".rstrip(": "), f"{'':66}{'measured':>14}{'bound':>12}"]
-            lines += [line(*row) for part in found["parts"].values() for row in part["rows"]]
-            lines += [f"{part}: left out: {kept['left_out']}" for part, kept in found["parts"].items()
-                      if not kept["rows"] and kept["left_out"]]
-            lines.append("")
-        return "\n".join(["```", *lines[:-1], "```"])
+def keep(path, entry, part, facts="", rows=(), why=None):
+    """Append a part's rows, or why it was left out, to the results file, if there is one."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as f:
+            print(json.dumps({"entry": entry, "part": part, "facts": facts, "rows": rows, "left_out": why}), file=f)
 
 
-# ------------------------------------------------------------------- 1. the device's answers are the CPU's
+def kept(path):
+    return [json.loads(text) for text in path.read_text().splitlines()] if path and path.is_file() else []
 
-def check(device, say):
+
+def block(results):
+    """The kept parts as lines of text, one heading for each model."""
+    lines, entry = [], None
+    for part in results:
+        if part["entry"] != entry:
+            entry = part["entry"]
+            lines += ["", f"{entry}: {part['facts']}".rstrip(": "), f"{'':66}{'measured':>14}{'bound':>12}"]
+        lines += [line(*row) for row in part["rows"]]
+        if part["left_out"]:
+            lines.append(f"{part['part']}: left out: {part['left_out']}")
+    return lines
+
+
+# ------------------------------------------------------------------- the device's answers are the CPU's
+
+def check(device, count=20):
     """The toy's answers and the golden cases on this device in float32, against the CPU's (a CPU: its float64)."""
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try:
-        return [*check_toy(device, 20), *check_golden(device)]
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
-def other_dtype(device):
-    return "float32" if device.type == "cuda" else "float64"
-
-
-def check_toy(device, count):
-    said, other = [], other_dtype(device)
+    torch.backends.cudnn.allow_tf32 = False
+    other = "float32" if device.type == "cuda" else "float64"
+    found, cases = [], list(golden_cases())
     for where, dtype in ((device, "float32"), ("cpu", other)):
-        m = load("toy", where, dtype)
+        m = load(ROOT / "data/toy/llava-toy", where, dtype)
         rpn = RPN.load(m.folder / "rpn.safetensors", m)
-        questions = ToyQuestions("bench", count)
-        asked = [(picture, q["question"][-1]) for picture, q in (questions[i] for i in range(count))]
-        said.append([(m.generate(picture, question, 16), answer(m, rpn, picture, question, max_new_tokens=16))
-                     for picture, question in asked])
-    pairs = list(zip(*said, strict=True))
-    plain = sum(ours[0] == theirs[0] for ours, theirs in pairs)
-    two = sum((ours[1].text, ours[1].boxes) == (theirs[1].text, theirs[1].boxes) for ours, theirs in pairs)
-    off = max((ours[1].logits - theirs[1].logits).abs().max().item() for ours, theirs in pairs)
-    yield f"the toy, answers equal the CPU's in {other}, of {count}", plain, count
-    yield "    two-stage: answers and crops", two, count
-    yield "    largest difference of an RPN logit", off, None
+        for picture, q in ToyQuestions("bench", count):
+            got = answer(m, rpn, picture, q["question"][-1], max_new_tokens=16)
+            found.append((got.logits, got.text, got.boxes, m.generate(picture, q["question"][-1], 16, prefix=got.prefix)))
+        for module, config, case in cases:
+            found.append(golden(module, config, case, where, dtype))
+    ours, theirs = found[:len(found) // 2], found[len(found) // 2:]
+    same = [a[1:] == b[1:] for a, b in zip(ours, theirs)]
+    off = [(a[0].double() - b[0].double()).abs().max().item() for a, b in zip(ours, theirs)]
+    yield f"the toy, answers and crops equal the CPU's in {other}, of {count}", sum(same[:count]), count
+    yield "    largest difference of an RPN logit", max(off[:count]), None
+    yield f"golden cases, greedy answers equal the CPU's in {other}, of {len(cases)}", sum(same[count:]), len(cases)
+    yield "    largest difference of a logit", max(off[count:]), 1e-3
 
 
 def golden_cases():
-    """-> (family's module, name, config, case) of every golden case that is here."""
-    for name in FAMILIES:
-        if importlib.util.find_spec(name) is None:
-            continue
-        module = importlib.import_module(name)
-        configs = module.TINY if hasattr(module, "TINY") else module.CONFIGS
-        for case, facts in module.CASES.items():
-            yield module, case, configs[facts["config"]], facts
+    """-> (family's module, config, case) of every golden case."""
+    for module in formula, deepseek_formula, qwen_formula:
+        configs = getattr(module, "TINY", module.CONFIGS)
+        for case in module.CASES.values():
+            yield module, configs[case["config"]], case
 
 
-def check_golden(device):
-    """Tiny models of every family: logits of a prompt, and a greedy answer."""
-    from formula import picture
-    other, cases, same, off = other_dtype(device), 0, 0, 0.0
-    for module, _, config, case in golden_cases():
-        with tempfile.TemporaryDirectory() as folder:
-            how = {"budget": case["budget"]} if "budget" in case else {}
-            module.write_checkpoint(Path(folder), config, **how)
-            found = []
-            for where, dtype in ((device, "float32"), ("cpu", other)):
-                m = load(folder, where, dtype)
-                shown, text = picture(*case["picture"]), module.prompt(case["question"], case["history"])
-                greedy = m.generate(shown, case["question"], 16, case["history"])
-                found.append((m.logits(shown, text).double().cpu(), greedy))
-        cases += 1
-        same += found[0][1] == found[1][1]
-        off = max(off, (found[0][0] - found[1][0]).abs().max().item())
-    yield f"golden cases, greedy answers equal the CPU's in {other}, of {cases}", same, cases
-    yield "    largest difference of a logit", off, 1e-3
+def golden(module, config, case, device, dtype):
+    """A tiny model's logits of a prompt, on the CPU, and its greedy answer."""
+    with tempfile.TemporaryDirectory() as folder:
+        how = {"budget": case["budget"]} if "budget" in case else {}
+        m = load(module.write_checkpoint(Path(folder), config, **how), device, dtype)
+    picture, text = formula.picture(*case["picture"]), module.prompt(case["question"], case["history"])
+    return slow.logits(m, picture, text).cpu(), m.generate(picture, case["question"], 16, case["history"])
 
 
-# ------------------------------------------------------------------------------------- 2. a busy machine
+# ------------------------------------------------------------------------------------- a busy machine
 
-SETTINGS = {  # environment of a program; None: not set
+SETTINGS = {  # environment of a program
     "as it comes": {}, "one thread": {"OMP_NUM_THREADS": "1"},
     "all threads, that wait passively": {"OMP_NUM_THREADS": str(os.cpu_count()), "OMP_WAIT_POLICY": "PASSIVE"},
     "all threads, that spin": {"OMP_NUM_THREADS": str(os.cpu_count()), "OMP_WAIT_POLICY": "ACTIVE"}}
 TRAIN = ("import sys, train; train.finish = lambda *how: None; "
          "train.main(['--samples', '256', '--epochs', '1', '--device', 'cpu', '--out', sys.argv[1]])")
+ASK = ["infer.py", "data/toy/samples/images/00002.png", "What colour is the dot on the star?", "--ckpt", "toy",
+       "--device", "cpu", "--rpn", "data/toy/llava-toy/rpn.safetensors", "--save", "none"]
 
 
-def busy(device, say, repeat=3):
+def busy(device):
     """Wall time of an answer of the toy, and samples a second of its training: quiet, and beside two busy programs."""
     for load_name, programs in (("quiet", 0), ("beside 2 busy programs", 2)):
         for name, settings in SETTINGS.items():
-            with busy_programs(programs):
-                answers = [seconds_of_answer(settings) for _ in range(repeat)]
-                rate = statistics.median(samples_per_second(settings) for _ in range(repeat))
-            yield (f"infer.py on the toy, {load_name}, {name}", statistics.median(answers), None, " s",
-                   f"worst {max(answers):.1f} s" + ("; target 4" if name == "as it comes" else ""))
+            environment = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")} | settings
+            with busy_programs(programs), tempfile.TemporaryDirectory() as folder:
+                seconds = []
+                for _ in range(3):
+                    began = time.perf_counter()
+                    subprocess.run([sys.executable, *ASK], cwd=ROOT, env=environment, check=True, capture_output=True)
+                    seconds.append(time.perf_counter() - began)
+                subprocess.run([sys.executable, "-c", TRAIN, f"{folder}/run"], cwd=ROOT, env=environment, check=True,
+                               capture_output=True)
+                first, *others = map(json.loads, Path(folder, "run", "log.jsonl").read_text().splitlines())
+            yield (f"infer.py on the toy, {load_name}, {name}", statistics.median(seconds), None, " s",
+                   f"worst {max(seconds):.1f} s")
+            rate = sum(step["samples"] for step in others) / (others[-1]["seconds"] - first["seconds"])
             yield f"    train.py on the toy, {load_name}, {name}", rate, None, " /s"
 
 
@@ -233,67 +192,129 @@ def busy_programs(count):
             program.wait()
 
 
-def environment(settings):
-    plain = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
-    return plain | settings
+# ------------------------------------------------------------------------------------------ reading ahead
 
-
-def seconds_of_answer(settings):
+def reading(device, steps=40, batch=4):
+    """Steps whose pictures take as long to read and scale as a sample takes the model, which sleeps: like a GPU."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "infer.py", "data/toy/samples/images/00002.png",
-                   "What colour is the dot on the star?", "--ckpt", "toy", "--device", "cpu",
-                   "--rpn", "data/toy/llava-toy/rpn.safetensors", "--save", f"{folder}/answer.png"]
+        path = Path(folder, "picture.png")
+        Image.effect_noise((640, 480), 60).convert("RGB").save(path)
+
+        def load_one(_):
+            return preprocess(load_image(path), 336)
         began = time.perf_counter()
-        subprocess.run(command, cwd=ROOT, env=environment(settings), check=True, capture_output=True)
-        return time.perf_counter() - began
+        for _ in range(20):
+            load_one(0)
+        one = (time.perf_counter() - began) / 20
+        seconds = {}
+        for name, ahead in (("without", 0), ("with", 2)):
+            began = time.perf_counter()
+            for loaded in read_ahead(load_one, [range(batch)] * steps, ahead=ahead, threads=2):
+                time.sleep(one * len(loaded))
+            seconds[name] = (time.perf_counter() - began) / steps
+    yield "reading and scaling a picture of 640 x 480", 1000 * one, None, " ms"
+    for name, each in seconds.items():
+        yield f"pictures per second, {name} reading ahead", batch / each, 1 / one, " /s"
+    yield "a step with reading ahead / its larger half", seconds["with"] / (batch * one), 1, " x", "target 1.15"
 
 
-def samples_per_second(settings):
-    """Of the steps after the first, from the run's log. What follows training is left out."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", TRAIN, f"{folder}/run"]
-        subprocess.run(command, cwd=ROOT, env=environment(settings), check=True, capture_output=True)
-        first, *others = map(json.loads, Path(folder, "run", "log.jsonl").read_text().splitlines())
-    return sum(step["samples"] for step in others) / (others[-1]["seconds"] - first["seconds"])
+# ------------------------------------------------------------------------------------ memory, from shapes
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it lasts: `now`, and the most at once, `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.device.type != "meta" and t.untyped_storage() not in self.known:
+                storage, size = t.untyped_storage(), t.untyped_storage().nbytes()
+                self.known.add(storage)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, size)
+        return result
+
+    def free(self, size):
+        self.now -= size
 
 
-# --------------------------------------------------------------------------------------- 3. the whole of it
+def training_bytes(name, batch=8, layers=None):
+    """The most that train.py holds at once in bfloat16: two steps, each the teacher's prompt and the student.
 
-def bench_process(name, layers, parts, args, store, minutes):
-    """Parts of one model in a process of its own; what it says goes to stderr."""
-    command = [sys.executable, str(HERE / "bench.py"), "--random", name, "--only", *parts, "--results", str(store.path),
-               "--repeat", str(args.repeat), "--minutes", f"{minutes:.2f}"]
-    for flag, value in (("--layers", layers), ("--device", args.device), ("--dtype", args.dtype)):
-        if value:
-            command += [flag, str(value)]
-    return subprocess.run(command, stdout=sys.stderr).returncode
+    From the shapes of fake tensors; nothing is computed. Libraries and the allocator's waste are not counted.
+    """
+    m, _, recipe = skeleton(name, layers)
+    shape, B = m.pixels(Image.new("RGB", (SQUARE, SQUARE))).shape, recipe.frozen_layers
+    with FakeTensorMode():
+        m, rpn, _ = skeleton(name, layers)
+        with Peak() as peak:
+            m.load_state_dict({key: torch.empty(p.shape, dtype=torch.bfloat16) for key, p in m.state_dict().items()},
+                              assign=True)
+            rpn.load_state_dict({key: torch.empty(p.shape) for key, p in rpn.state_dict().items()}, assign=True)
+            m.requires_grad_(False)
+            optimizer = torch.optim.AdamW(rpn.parameters(), fused=True)
+            for _ in range(2):
+                with torch.no_grad():
+                    prefix = m.prefill(torch.empty(batch, *shape), keep=train.prefix_layers(recipe))
+                    tail = m.embed(m.tail(m.prompt_ids(QUESTION))).repeat(batch, 1, 1)
+                    rope, P = m.text_rope(prefix.position, tail.shape[1]), prefix.columns.stop
+                    tail = m.run(tail, 0, B, rope, prefix.cache, P)
+                    m.head(m.run(tail, B, m.depth, rope, prefix.cache, P)[:, -1])
+                hidden, rope, columns = torch.cat([prefix.hidden[B], tail], 1), torch.cat([prefix.rope, rope], 1), prefix.columns
+                del prefix
+                with torch.autocast("cpu", torch.bfloat16):
+                    scores = rpn.score(hidden, columns, [-1], rope)
+                train.group_loss(scores, torch.ones(batch, 1, scores.shape[-1])).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return peak.peak
 
 
-def main(args, say, run=bench_process):
-    """Everything within --minutes -> the block, which is also said."""
+def memory(device):
+    for name in CONFIGS:
+        if name not in (*TINY, "small"):
+            yield (f"{name}: a training step of 8 samples, bfloat16", training_bytes(name) / 2 ** 30, None, " GiB",
+                   "from shapes, not measured")
+
+
+ALONE = {"check": check, "busy": busy, "reading": reading, "memory": memory}
+
+
+# --------------------------------------------------------------------------------------- the whole of it
+
+def bench_process(words, seconds):
+    """bench.py in a process of its own, stopped after so many seconds -> its exit code, or None; stdout to stderr."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return subprocess.run([sys.executable, Path(__file__).with_name("bench.py"), *words], stdout=sys.stderr,
+                              timeout=max(seconds, 0.1)).returncode
+
+
+def main(args, log, run=bench_process):
+    """Everything within --minutes: a block of text, then one line of JSON."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cuda, head = device.type == "cuda", stamp(device)
     until = time.time() + 60 * (args.minutes or (8 if cuda else 90))
-    key = re.sub(r"[^\w.+-]+", "-", head)
-    store = Store(ROOT / "out" / "bench" / f"{key}.json")
-    print(f"results so far: {store.path}", file=sys.stderr, flush=True)
-    for part, measure in (("check", check), ("busy", busy)):
-        wanted = part in (args.only or ["check", *([] if cuda else ["busy"])])
-        if wanted and not store.rows(part, part):
-            rows = []
-            for row in measure(device, say):
-                print(line(*row), file=sys.stderr, flush=True)
-                rows.append(row)
-            store.end(part, part, rows)
-    for name, layers, parts in ON_GPU if cuda else ON_CPU:
+    store = ROOT / "out" / "bench" / (re.sub(r"[^\w.+-]+", "-", head) + ".jsonl")
+    print(f"results so far: {store}", file=sys.stderr, flush=True)
+    for name, layers, parts in [("", None, ["check", "memory", "reading"]), *MODELS, ("", None, ["busy"])]:
         parts = [part for part in parts if part in (args.only or parts)]
-        if not parts or args.models and name not in args.models:
+        if not parts or name and args.models and name not in args.models or cuda and (layers or parts == ["busy"]):
             continue
-        left = (until - time.time()) / 60
-        code = run(name, layers, parts, args, store, left)
-        store = Store(store.path)
-        if code:
-            print(f"{name}: ended with {code}; the same command goes on", file=sys.stderr)
-    command = "python tests/bench.py " + " ".join(sys.argv[1:])
-    say(store.block([head, command]))
-    return store
+        words = ["--only", *parts, "--results", store, "--repeat", args.repeat]
+        for flag, value in (("random", name), ("layers", layers), ("device", args.device), ("dtype", args.dtype)):
+            words += [f"--{flag}", value] if value else []
+        code = run([str(word) for word in words], until - time.time())
+        if code != 0:
+            why = "the minutes are over" if code is None else f"ended with {code}"
+            print(f"{name or parts[0]}: {why}; the same command resumes", file=sys.stderr, flush=True)
+        if code is None:
+            break
+    results, rows = kept(store), {}
+    log("\n".join(["```", head, f"python tests/speed/bench.py {' '.join(sys.argv[1:])}", *block(results), "```"]))
+    for part in results:
+        rows.setdefault(part["entry"], {}).update({row[0].strip(): row[1] for row in part["rows"]})
+    log(json.dumps({"machine": head, "rows": rows}))
