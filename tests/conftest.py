@@ -3,6 +3,7 @@
 The models here are so small that a second thread only waits for the first.
 """
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,31 @@ sys.path[:0] = [str(HERE.parent), str(HERE), *(str(HERE / name) for name in ("go
 torch.set_num_threads(1)
 
 from calls import home  # noqa: E402, F401 (each test of a program has an out/ of its own)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "background: waits for other processes; takes tmp_path, and no other fixture")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("background") is not None)  # to be asked last
+
+
+def pytest_collection_finish(session):
+    """Tests marked `background` begin at once, one after the other, on the second core."""
+    pool = ThreadPoolExecutor(1)
+    for item in session.items:
+        if item.get_closest_marker("background") and not session.config.option.collectonly:
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            folder = session.config._tmp_path_factory.mktemp("background")
+            item.future = pool.submit(item.obj, tmp_path=folder, **params)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    if hasattr(pyfuncitem, "future"):
+        pyfuncitem.future.result()
+        return True
 
 
 @pytest.fixture(scope="session")

@@ -146,7 +146,6 @@ def python(*arguments, cwd, path=None):
                           text=True, timeout=120)
 
 
-@pytest.fixture
 def places(tmp_path):
     """An empty folder to copy into, and another to stand in."""
     (tmp_path / "alone").mkdir()
@@ -165,8 +164,9 @@ print(result.attempted, result.failed, *sorted(ours))
 
 
 @pytest.mark.parametrize("files", [["clip.py"], ["clip.py", "model.py"], ["clip.py", "model.py", "sdrpn.py"]])
-def test_it_runs_alone_with_its_examples(places, files):
-    folder, elsewhere = places
+@pytest.mark.background
+def test_it_runs_alone_with_its_examples(tmp_path, files):
+    folder, elsewhere = places(tmp_path)
     for name in files:
         shutil.copy(ROOT / name, folder)
     module = files[-1].removesuffix(".py")
@@ -190,12 +190,13 @@ print(result.text, len(result.boxes))
 """
 
 
-def test_a_students_script_beside_three_copied_files(places):
+@pytest.mark.background
+def test_a_students_script_beside_three_copied_files(tmp_path):
     """The toy's folder, its bundled RPN, a picture: the answer, and that it looked twice."""
     from data.toy.scenes import ToyQuestions
     from model import load
     from sdrpn import RPN, answer
-    folder, elsewhere = places
+    folder, elsewhere = places(tmp_path)
     picture, q = ToyQuestions("house", 1)[0]
     picture.save(elsewhere / "scene.png")
     for name in ("clip.py", "model.py", "sdrpn.py"):
@@ -209,7 +210,8 @@ def test_a_students_script_beside_three_copied_files(places):
     assert run.stdout == f"{want.text} {len(want.boxes)}\n"
 
 
-def test_one_question_loads_little_of_ours():
+@pytest.mark.background
+def test_one_question_loads_little_of_ours(tmp_path):
     """No scoring, no training, no other family; what draws is loaded after the answer."""
     code = "import sys, infer\ninfer.main()\nprint(*(m for m in sys.modules if 'data' in m or m in ('train', 'sdrpn')))"
     shot = ROOT / "data/toy/samples/images/00007.png"

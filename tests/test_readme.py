@@ -146,6 +146,7 @@ def test_the_readmes_own_script_runs_on_the_toy(capsys):
     assert places["heat"].shape == places["picture"].size[::-1]
 
 
+@pytest.mark.background
 def test_toy_commands_run(tmp_path):
     """The commands a newcomer types first, in real processes, with the answer the README promises."""
     project = tmp_path / "project"  # a copy: what is trained here is not what infer.py takes elsewhere

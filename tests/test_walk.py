@@ -8,6 +8,8 @@ import json
 import shlex
 import shutil
 
+import pytest
+
 from calls import ASK, ROOT, rows_of, shell, tiny
 from formula import picture
 
@@ -26,6 +28,7 @@ def training_file(folder, count=20):
     return folder / "llava_v1_5_mix665k.json"
 
 
+@pytest.mark.background
 def test_the_walk_of_a_researcher(tmp_path):
     project = shutil.copytree(ROOT, tmp_path / "project", ignore=shutil.ignore_patterns(".git", "out", "__pycache__"))
 
