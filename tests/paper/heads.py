@@ -54,15 +54,15 @@ def observe(m, recipe, picture, q, max_new_tokens):
     m.decode(hidden[:, -1], cache, T, prefix.position + t, max_new_tokens)
     if not cache.queries[0]:
         return None
-    maps, mass, norms = [], [], []
-    for layer in range(m.depth):
-        rows = torch.cat(cache.queries[layer], 2)[0]  # (H, m, d)
+    layers = []
+    for layer, queries in cache.queries.items():
+        rows = torch.cat(queries, 2)[0]  # (H, m, d)
         k = cache.k[layer][0, :, :T + rows.shape[1]]  # (Hkv, T+m, d)
-        maps.append(response_attention(rows, k, columns, T, "image"))
-        mass.append(response_attention(rows, k, columns, T, "sequence").sum(-1))
-        norms.append(prefix.hidden[layer][0, columns].float().norm(dim=-1))
+        layers.append((response_attention(rows, k, columns, T, "image").cpu(),
+                       response_attention(rows, k, columns, T, "sequence").sum(-1).cpu(),
+                       prefix.hidden[layer][0, columns].float().norm(dim=-1).cpu()))
     inside = letterbox.cells_of(q["boxes"]).flatten() if q.get("boxes") else None
-    return Seen(torch.stack(maps).cpu(), torch.stack(mass).cpu(), torch.stack(norms).cpu(), letterbox.grid, inside)
+    return Seen(*map(torch.stack, zip(*layers)), letterbox.grid, inside)
 
 
 def without_sinks(maps, norms, c):
@@ -82,19 +82,17 @@ def shares(one):
     return clean / clean.sum(-1, keepdim=True).clamp(min=1e-12)
 
 
-def resized(inside, grid, other):
-    """The cells of a box on one grid -> on another, (N,) bool."""
-    return F.interpolate(inside.view(1, 1, *grid).float(), other, mode="nearest").flatten() > 0
-
-
 def inside_and_chance(seen):
     """Every head's share inside the true box, and inside the boxes of the other questions: (Q, L, H) each."""
     own, others = [], []
     for one in seen:
-        p = shares(one)
-        strange = [resized(two.inside, two.grid, one.grid) for two in seen if two is not one]
+        p, strange = shares(one), []
+        for two in seen:
+            if two is not one:  # its box, on this one's grid
+                cells = two.inside.view(1, 1, *two.grid).float()
+                strange.append(F.interpolate(cells, one.grid, mode="nearest").flatten())
         own.append((p * one.inside).sum(-1))
-        others.append((p * torch.stack(strange).float().mean(0)).sum(-1))
+        others.append((p * torch.stack(strange).mean(0)).sum(-1))
     return torch.stack(own), torch.stack(others)
 
 

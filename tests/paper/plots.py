@@ -34,11 +34,17 @@ def ticks(low, high):
     return [round(k * step, 9) for k in range(first, last + 1)]
 
 
+def scale(low, high, start, end):
+    """A function from values to pixels: low -> start, high -> end."""
+    return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
 class Axes:
     """An empty chart. `pen` draws on it; x() and y() turn values into pixels."""
 
     def __init__(self, xs, ys, xlabel, ylabel, title):
-        self.sheet, self.xs, self.ys = Image.new("RGB", (WIDTH, HEIGHT), "white"), xs, ys
+        self.sheet = Image.new("RGB", (WIDTH, HEIGHT), "white")
+        self.x, self.y = scale(*xs, LEFT, RIGHT), scale(*ys, BOTTOM, TOP)
         self.pen = ImageDraw.Draw(self.sheet)
         self.pen.text((LEFT, 40), title, INK, LARGE)
         for value in ticks(*ys):
@@ -50,12 +56,6 @@ class Axes:
         self.pen.line((LEFT, BOTTOM, RIGHT, BOTTOM), SOFT, 3)
         self.pen.text(((LEFT + RIGHT) / 2, 1084), xlabel, INK, SMALL, "ms")
         self.pen.text((LEFT, TOP - 26), ylabel, INK, SMALL, "ls")
-
-    def x(self, value):
-        return LEFT + (value - self.xs[0]) / (self.xs[1] - self.xs[0]) * (RIGHT - LEFT)
-
-    def y(self, value):
-        return BOTTOM - (value - self.ys[0]) / (self.ys[1] - self.ys[0]) * (BOTTOM - TOP)
 
     def picture(self):
         return self.sheet.resize((WIDTH // 2, HEIGHT // 2), Image.Resampling.LANCZOS)

@@ -38,18 +38,18 @@ class World:
     """All intact files, made once."""
 
     def __init__(self, folder):
-        self.folder = folder
-        self.ckpt, self.questions = tiny(folder / "llava-tiny", shards=2), question_file(folder / "set", 8)
-        for name, how in (("a.jpg", {}), ("a.png", {}), ("a.webp", {}), ("a.gif", {}), ("a.tif", {}),
-                          ("progressive.jpg", {"progressive": True})):
-            picture(61, 47, 3).save(folder / name, **how)
+        self.folder, self.ckpt = folder, tiny(folder / "llava-tiny", shards=2)
+        self.questions = question_file(folder / "set", 8)
+        for part in "pictures", "originals":
+            (folder / part).mkdir()
+        for name in "a.jpg", "a.png", "a.webp", "a.gif", "a.tif":
+            picture(61, 47, 3).save(folder / "pictures" / name)
         talk = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "Ann"}]
         mix = [{"id": "1", "image": "a.png", "conversations": talk}, {"id": "2", "conversations": []}]
-        (folder / "mix.json").write_text(json.dumps(mix))
-        rows = [{"question_id": i, "image": "a.jpg", "text": "Is it?", "label": "yes"} for i in range(3)]
-        (folder / "pope.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.run = folder / "run"
-        call(train, *train_argv(self.ckpt, self.questions, self.run, *SHORT))
+        (folder / "originals/mix.json").write_text(json.dumps(mix))
+        asked = {"question_id": 1, "image": "a.jpg", "text": "Is it?", "label": "yes"}
+        (folder / "originals/pope.json").write_text((json.dumps(asked) + "\n") * 3)
+        call(train, *train_argv(self.ckpt, self.questions, folder / "run", *SHORT))
 
 
 SHORT = "--samples", 4, "--epochs", 1, "--batch-size", 2, "--grad-accum", 1, "--max-bad", 100
@@ -59,7 +59,7 @@ def damage(rng, source):
     """The bytes of a file, with an entry of its JSON replaced, or some bytes changed, cut or doubled."""
     content = source.read_bytes()
     if content and source.suffix in (".json", ".jsonl") and rng.random() < 0.7:
-        lines = content.decode().splitlines() if source.suffix == ".jsonl" or b"}\n{" in content else [content.decode()]
+        lines = content.decode().splitlines() if b"}\n{" in content else [content.decode()]
         n = rng.randrange(len(lines))
         lines[n] = json.dumps(damage_json(rng, json.loads(lines[n])))
         return "\n".join(lines).encode(errors="replace")
@@ -86,35 +86,38 @@ def damage_json(rng, value):
 def make_case(world, seed, i, case):
     """-> program, its words. `case` is a folder of its own for the damaged file and all output."""
     rng = random.Random(f"{seed}/{i}")
-    kind = rng.choice(("picture", "picture", "checkpoint", "checkpoint", "rpn", "questions", "train", "run", "original"))
-    image, ckpt, questions, how = world.folder / "a.png", world.ckpt, world.questions, ["--max-new-tokens", 2]
+    kind = rng.choice(("picture", "checkpoint", "checkpoint", "rpn", "eval", "train", "run", "mix.json", "pope.json"))
+    intact, ckpt, questions = world.folder, world.ckpt, world.questions
+    ask = ["--ckpt", ckpt, "--device", "cpu", "--save", case / "picture.png", "--max-new-tokens", 2]
 
-    def damaged(source):
-        (case / source.name).write_bytes(damage(rng, source))
-        return case / source.name
-    if kind == "original":
-        program, source, name = rng.choice(((llava_mix, "mix.json", []), (benchmarks, "pope.json", ["pope"])))
-        return program, [*name, damaged(world.folder / source), "--images", world.folder, "--out", case / "made.jsonl"]
+    def damaged(folder, pattern="*"):
+        """A copy of the folder, in which one of these files is damaged -> that file."""
+        shutil.copytree(folder, case / "copy")
+        path = rng.choice(sorted(path for path in (case / "copy").rglob(pattern) if path.is_file()))
+        path.write_bytes(damage(rng, path))
+        return path
+    if kind == "mix.json":
+        return llava_mix, [damaged(intact / "originals", kind), "--images", intact / "pictures", "--out", case / "made.jsonl"]
+    if kind == "pope.json":
+        words = ["pope", damaged(intact / "originals", kind), "--images", intact / "pictures"]
+        return benchmarks, [*words, "--out", case / "made.jsonl"]
     if kind == "run":
-        shutil.copytree(world.run, case / "run")
-        damaged_file = rng.choice(sorted(p for p in (case / "run").rglob("*") if p.is_file()))
-        damaged_file.write_bytes(damage(rng, damaged_file))
-        return train, train_argv(ckpt, questions, case / "run", *SHORT)
-    if kind in ("questions", "train"):
-        words = ["--images", questions.parent]
-        if kind == "train":
-            return train, train_argv(ckpt, damaged(questions), case / "run", *words, *SHORT)
-        return infer, ["--eval", damaged(questions), *words, "--limit", 2, "--ckpt", ckpt, *how]
+        damaged(intact / "run")
+        return train, train_argv(ckpt, questions, case / "copy", *SHORT)
+    if kind == "train":
+        return train, train_argv(ckpt, damaged(questions.parent, "*.jsonl"), case / "run", *SHORT)
+    if kind == "eval":
+        damaged(questions.parent)
+        return infer, ["--eval", case / "copy" / questions.name, *ask, "--limit", 2]
+    image, rpn = intact / "pictures" / "a.png", ckpt / "anyone.safetensors"
     if kind == "picture":
-        image = damaged(rng.choice([p for p in sorted(world.folder.iterdir()) if p.stem in ("a", "progressive")]))
+        image = damaged(intact / "pictures")
     elif kind == "rpn":
-        how += ["--rpn", damaged(ckpt / rng.choice(("rpn.safetensors", "anyone.safetensors")))]
+        rpn = damaged(ckpt, "*n*.safetensors")
     else:
-        shutil.copytree(ckpt, case / "ckpt")
-        ckpt = case / "ckpt"
-        source = rng.choice(sorted(p for p in ckpt.iterdir() if p.name != "rpn.safetensors"))
-        source.write_bytes(damage(rng, source))
-    return infer, [image, rng.choice(ASK), "--ckpt", ckpt, "--save", case / "picture.png", "--device", "cpu", *how]
+        damaged(ckpt)
+        ask[1] = case / "copy"
+    return infer, [image, rng.choice(ASK), *ask, "--rpn", rpn]
 
 
 class Hang(BaseException):

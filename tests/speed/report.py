@@ -243,7 +243,7 @@ class Peak(TorchDispatchMode):
 
 
 def training_bytes(name, batch=8, layers=None):
-    """The most that train.py holds at once in bfloat16: two steps, each the teacher's prompt and the student.
+    """The most that train.py holds at once in bfloat16: two steps of two groups, the teacher's prompt and the student.
 
     From the shapes of fake tensors; nothing is computed. Libraries and the allocator's waste are not counted.
     """
@@ -257,20 +257,22 @@ def training_bytes(name, batch=8, layers=None):
             rpn.load_state_dict({key: torch.empty(p.shape) for key, p in rpn.state_dict().items()}, assign=True)
             m.requires_grad_(False)
             optimizer = torch.optim.AdamW(rpn.parameters(), fused=True)
-            for _ in range(2):
+            for group in range(4):
                 with torch.no_grad():
                     prefix = m.prefill(torch.empty(batch, *shape), keep=train.prefix_layers(recipe))
                     tail = m.embed(m.tail(m.prompt_ids(QUESTION))).repeat(batch, 1, 1)
                     rope, P = m.text_rope(prefix.position, tail.shape[1]), prefix.columns.stop
                     tail = m.run(tail, 0, B, rope, prefix.cache, P)
                     m.head(m.run(tail, B, m.depth, rope, prefix.cache, P)[:, -1])
-                hidden, rope, columns = torch.cat([prefix.hidden[B], tail], 1), torch.cat([prefix.rope, rope], 1), prefix.columns
+                hidden, columns = torch.cat([prefix.hidden[B], tail], 1), prefix.columns
+                rope = torch.cat([prefix.rope, rope], 1)
                 del prefix
                 with torch.autocast("cpu", torch.bfloat16):
                     scores = rpn.score(hidden, columns, [-1], rope)
                 train.group_loss(scores, torch.ones(batch, 1, scores.shape[-1])).backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                if group % 2:
+                    optimizer.step()
+                    optimizer.zero_grad()
     return peak.peak
 
 
