@@ -333,7 +333,7 @@ def work(args):
 
 def main(argv=None):
     again = "run the same command to resume"
-    run_program(parser(), work, argv, memory=f"lower --teacher-batch; {again}",
+    run_program(parser(), work, argv, memory=f"lower --teacher-batch or --rpn-layers; {again}",
                 again=f"stopped; {again}")
 
 
