@@ -36,7 +36,7 @@ def test_what_questions_cost_in_plain_prefills(work):
 def test_other_bounds_of_the_7b(work):
     assert work.L * work.weights == 32 * (202_383_360 - 2 * 4096)  # a layer's parameters without its two norms
     assert work.cache_bytes(1) == 2 * 32 * 4096 * 2  # half a megabyte a token
-    layer = 2 * 577 * 12 * 1024 ** 2 + 4 * 1024 * 577 ** 2  # of the tower: 577 tokens of 1024, projections and attention
+    layer = 2 * 577 * 12 * 1024 ** 2 + 4 * 1024 * 577 ** 2  # of the tower, 577 tokens of 1024: products, attention
     assert work.tower == 23 * layer + 2 * 576 * 588 * 1024  # and the patches, 14 x 14 x 3 each
     machine = Machine.__new__(Machine)
     machine.peak, machine.bandwidth = 700e12, 4.2e12  # a GPU, whose decoding brings 1 / 1.56 up to 0.85
@@ -55,7 +55,8 @@ def test_true_sizes(name, parameters, rpn):
 
 
 @pytest.mark.parametrize("cells, mode, tokens", [
-    (band((8, 8), 33), "mask", [33]), (band((8, 8), 0), "mask", []), (squares((8, 8), (1, 3), (5, 7)), "box", [64, 64])])
+    (band((8, 8), 33), "mask", [33]), (band((8, 8), 0), "mask", []),
+    (squares((8, 8), (1, 3), (5, 7)), "box", [64, 64])])
 def test_steered_answers_crop_what_they_are_told(cells, mode, tokens):
     m, rpn, _ = random_model("tiny", CPU, torch.float32)
     picture = bench.Image.new("RGB", (64, 64), "red")
@@ -113,13 +114,15 @@ def test_answers_are_those_of_float64():
     assert rows[0][1] == rows[0][2] == 2 and rows[2][1] == rows[2][2] >= 9 and rows[3][1] < 1e-3
 
 
-def test_training_memory_is_counted_from_shapes(work):
-    """Weights in bfloat16, the RPN's with gradient and moments in float32, and what a step of 8 samples keeps: 1 to 4 GB."""
-    fixed = 2 * work.parameters + 16 * work.rpn_parameters
-    assert 1e9 < report.training_bytes("llava-1.5-7b") - fixed < 4e9
+def test_training_memory_is_counted_from_shapes():
+    """Weights in bfloat16, the RPN's with gradient and moments in float32, and what a batch of 8 keeps."""
+    m, _, recipe = skeleton("small")
+    w = Work(m, recipe, SQUARE)
+    kept = report.training_bytes("small") - 2 * w.parameters - 16 * w.rpn_parameters
+    assert w.cache_bytes(8 * P) < kept < 2 * w.cache_bytes(8 * P)
 
 
-def test_reading_ahead_is_measured(monkeypatch):
+def test_reading_ahead_is_measured():
     rows = {name: measured for name, measured, *_ in report.reading(CPU, steps=3)}
     assert rows["pictures per second, with reading ahead"] > 0 and len(rows) == 4
 
@@ -131,9 +134,7 @@ def test_a_random_checkpoint_in_shards_loads(tmp_path):
     assert m.config.hidden_size == CONFIGS["tiny"]["text_config"]["hidden_size"]
 
 
-@pytest.mark.parametrize("script", [
-    "paper/ablations.py", "paper/heads.py", "paper/peers.py", "paper/plots.py", "paper/tables.py", "speed/bench.py",
-    "speed/bounds.py", "speed/fuzz.py", "speed/random_llava.py"])
+@pytest.mark.parametrize("script", ["paper/ablations.py", "paper/heads.py", "paper/peers.py", "paper/plots.py"])
 def test_scripts_run_from_anywhere(script, tmp_path):
     done = shell(report.ROOT / "tests" / script, "--help", folder=tmp_path)
     assert done.returncode == 0 and len(done.stdout) > 200, done.stderr

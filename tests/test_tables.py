@@ -15,7 +15,7 @@ import qwen_formula
 import sdrpn
 import tables
 import train
-from calls import call, one_line, rows_of
+from calls import call, one_line
 from formula import CONFIGS, picture, write_checkpoint
 from sdrpn import Letterbox, Recipe, load_recipe, teach
 
@@ -77,10 +77,9 @@ def test_vicrop_reads_the_last_rows_attention_of_one_layer(tiny):
     assert torch.allclose(row, whole[prefix.columns], atol=1e-5)
 
 
-def test_vicrop_looks_by_its_own_map(tiny, monkeypatch):
-    maps = iter([block((6, 6), (1, 3), (3, 5), 4.0) + 1, torch.full((6, 6), 2.0)])  # the question's, the general one
-    monkeypatch.setattr(peers, "attention_to_image", lambda *how: next(maps).flatten())
-    result = peers.vicrop(tiny, picture(108, 108, 1), "What is this?", 2, 4)  # cells of 18 px, windows from 36 px on
+def test_vicrop_answers_like_a_crop_of_the_same_box(tiny, monkeypatch):
+    monkeypatch.setattr(peers, "vicrop_window", lambda *how: (54, 18, 90, 54))
+    result = peers.vicrop(tiny, picture(108, 108, 1), "What is this?", 2, 4)  # cells of 18 px
     region = sdrpn.Region((3, 1, 5, 3), torch.ones(6, 6, dtype=torch.bool), 1.0)
     same = sdrpn.answer(tiny, None, picture(108, 108, 1), "What is this?", "box", max_new_tokens=4, regions=[region])
     assert result.boxes == [(54, 18, 90, 54)] == same.boxes and result.text == same.text
@@ -222,16 +221,6 @@ def test_means_ranges_and_intervals():
     assert tables.change(got, plain, ["word"]) == "+75.0 ±49.0"  # a 100, b 50: 1.96 x 35.36 / 2 ** .5
 
 
-def test_the_mean_without_a_kind_is_one_more_column():
-    rows = [tables.PLAIN, tables.Row("#1 raw attention", "raw attention"), tables.Row("#2 RPN", "RPN + MSE", [])]
-    scores = {"plain": (0, 0, 100), "#1 raw attention": (100, 0, 100), "#2 RPN": (100, 100, 0)}
-    results = {name: [row("a", 0, s[0]), row("b", 0, s[1]), row("c", 0, s[2], "same")] for name, s in scores.items()}
-    lines = tables.lay_out(rows, results, {each.name: [] for each in rows}, ["same"])
-    assert lines[0].split()[:5] == ["word", "same", "all", "no", "same"]
-    assert lines[3].split()[2:6] == ["100.0", "0.0", "66.7", "100.0"]
-    assert any(line.startswith("#2 RPN") and "-100.0" in line for line in lines[-6:])  # against raw
-
-
 def test_figure_3_counts_tokens_by_their_share_of_the_maximum():
     maps = [torch.tensor([0.5, 0.25, 0.0, 0.04]), torch.zeros(4)]  # relative: 1, .5, 0, .08
     relative, inside = tables.relative_attention(maps, [torch.tensor([True, False, False, True])] * 2)
@@ -244,9 +233,9 @@ def test_labels_of_points_do_not_cover_each_other():
     taken, pen = [], plots.Axes((0, 1), (0, 1), "", "", "").pen
     for n in range(12):
         plots.write_beside(pen, 900, 500 + n, f"{n} {n}", taken)
-    overlaps = [(a, b) for a in taken for b in taken
-                if a is not b and a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]]
-    assert len(taken) == 12 and not overlaps
+    for left, top, right, bottom in taken:
+        assert sum(left < c and a < right and top < d and b < bottom for a, b, c, d in taken) == 1  # itself
+    assert len(taken) == 12
 
 
 def test_two_answer_files_are_compared_question_by_question(tmp_path):
@@ -263,8 +252,8 @@ def test_two_answer_files_are_compared_question_by_question(tmp_path):
 # ---- the commands, on random weights
 
 def run(what, ckpt, *flags):
-    code, out, err = call(tables, what, "--ckpt", ckpt, "--out", ckpt.parent / "out", "--count", 1, "--max-new-tokens", 3,
-                          "--device", "cpu", *flags)
+    code, out, err = call(tables, what, "--ckpt", ckpt, "--out", ckpt.parent / "out", "--count", 1,
+                          "--max-new-tokens", 3, "--device", "cpu", *flags)
     assert code == 0, err
     return out, err
 
@@ -305,7 +294,8 @@ def test_sweeps(ckpt, what, value, name):
 def test_tau_of_a_file_is_asked_once_and_has_no_range(ckpt, tmp_path, monkeypatch):
     picture(70, 50, 1).save(tmp_path / "a.png")
     line = {"image": "a.png", "question": "What is this?", "answers": ["12"]}
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line | {"kind": kind}) + "\n" for kind in ("sign", "sign", "other")))
+    kinds = "sign", "sign", "other"
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line | {"kind": kind}) + "\n" for kind in kinds))
     run("tau", ckpt, "--seeds", 0, "--values", 0.2)
     asked, timed = [], tables.timed
     monkeypatch.setattr(tables, "timed", lambda *how: asked.append(how[6].name) or timed(*how))
@@ -346,7 +336,7 @@ def qwen(tmp_path_factory):
     qwen_formula.write_checkpoint(folder / "tiny-qwen", qwen_formula.TINY["tied"], budget=(20 * 784, 60 * 784))
     natural = dict(attention={"1": [0]}, request="Give the box.", sink=dict(kind="norm", c=1.5))
     recipe = RECIPE | dict(square=True, budget=[30 * 784, 30 * 784], kinds={"text": {}, "natural": natural},
-                           train={key: value for key, value in TRAINING.items() if key != "data"})
+                           train=TRAINING | {"data": None})
     (folder / "tiny-qwen" / "recipe.json").write_text(json.dumps(recipe))
     rows = []
     for n, size in enumerate([(157, 94), (61, 130), (90, 90)]):

@@ -1,4 +1,4 @@
-"""A reference library's model around our weights, for `python tests/speed/bench.py --only reference`; and the toy in it.
+"""A reference library's model around our weights, for `tests/speed/bench.py --only reference`; and the toy in it.
 
     python tests/golden/bench_reference.py --toy 100           # the toy, loaded by the library: the same answers?
 

@@ -5,12 +5,12 @@
     python tests/paper/tables.py table4b           # training samples, and labels from the data set's answers
     python tests/paper/tables.py table8            # the Gaussian on the map or on the labels
     python tests/paper/tables.py tau               # the threshold, box and mask
-    python tests/paper/tables.py peers             # raw attention, ViCrop rel-att, SD-RPN, true box: score, recall, time
+    python tests/paper/tables.py peers             # raw attention, ViCrop rel-att, SD-RPN, true box
     python tests/paper/tables.py settings          # learning rate, epochs and batch of the recipe
-    python tests/paper/tables.py fig3              # is an attended token inside the true box, with and without sinks?
-    python tests/paper/tables.py fig5              # score against time: over tau, or over pixels where a model takes any
+    python tests/paper/tables.py fig3              # is an attended token inside the true box, with sinks and without?
+    python tests/paper/tables.py fig5              # score against time: over tau, or over the pixels a model is shown
     python tests/paper/tables.py heads             # which layers and heads to teach from: a recipe for a new backbone
-    python tests/paper/tables.py compare A B       # two answer files (infer.py --eval FILE --out A), question by question
+    python tests/paper/tables.py compare A B       # two answer files of infer.py --eval --out, question by question
     python tests/paper/tables.py peers --ckpt llava-1.5-7b --rpn RELEASED_FOLDER --eval data/vstar.jsonl
 
 Rows that need training run train.py below --out; finished runs are used again. What is printed is also appended to
@@ -49,8 +49,8 @@ from data.run import read_ahead  # noqa: E402
 from data.toy.compare import ask  # noqa: E402
 from data.toy.scenes import KINDS, ToyQuestions  # noqa: E402
 from model import DTYPES, ROOT, load, read_config  # noqa: E402
-from sdrpn import (RELEASED, RPN, Recipe, Sink, answer, load_recipe, prefix_layers, released_recipe, teach,  # noqa: E402
-                   teacher_question, training_view)
+from sdrpn import (RELEASED, RPN, Recipe, Sink, answer, load_recipe, prefix_layers, released_recipe,  # noqa: E402
+                   teach, teacher_question, training_view)
 
 PAPER = "the paper's: LLaVA-1.5-7B, mean of OCRBench, TextVQA, POPE and V*, plain 53.4"
 CELL = 28 * 28  # pixels of an image token where the number of tokens follows the picture
@@ -73,7 +73,8 @@ class Row:
 def read(args, per_kind=None):
     """{seed: questions}; what is asked of a file is the same for every seed. per_kind: the default of --count."""
     if args.eval is None:
-        return {seed: ToyQuestions(f"tables/{seed}", (args.count or per_kind or 60) * len(KINDS)) for seed in args.seeds}
+        count = (args.count or per_kind or 60) * len(KINDS)
+        return {seed: ToyQuestions(f"tables/{seed}", count) for seed in args.seeds}
     file, by_kind, scored = train.FileQuestions(args.eval), {}, args.what not in ("heads", "fig3")
     for q in file.questions:
         if len(q["question"]) == 1 and (q.get("answers") or not scored):
@@ -111,16 +112,15 @@ def trained(args, row, seed):
     if args.rpn and not row.flags and row.ablation is ablations.NONE:
         return Path(args.rpn)
     out = args.out / run_name(args.ckpt) / folder_name(args, row, seed)
-    words = ["--ckpt", args.ckpt, "--seed", seed, "--out", out, *row.flags]
+    words = ["--ckpt", args.ckpt, "--seed", seed, "--out", out, *["--fresh"] * args.fresh]
     for flag in ("data", "images", "samples", "max_new_tokens", "device", "dtype"):
-        value = getattr(args, flag)
-        if value is not None and f"--{flag}" not in words:
-            words += [f"--{flag.replace('_', '-')}", value]
+        if getattr(args, flag) is not None:
+            words += [f"--{flag.replace('_', '-')}", getattr(args, flag)]
     path = out / "rpn.safetensors"
     if path not in args.made:  # for another row of this table
         log(f"--- {out.name}")
         with ablations.training(row.ablation):
-            train.work(train.parser().parse_args([*map(str, words), *["--fresh"] * args.fresh]))
+            train.work(train.parser().parse_args([str(word) for word in [*words, *row.flags]]))
         args.made.add(path)
     return path
 
@@ -135,8 +135,8 @@ def folder_name(args, row, seed):
 
 def final_loss(path):
     """Mean training loss over the last tenth of the run's steps; NaN if this is no run's folder."""
-    log_file = path.parent / "log.jsonl"
-    losses = [json.loads(line)["loss"] for line in log_file.read_text().splitlines()] if log_file.is_file() else []
+    steps = path.parent / "log.jsonl"
+    losses = [json.loads(line)["loss"] for line in steps.read_text().splitlines()] if steps.is_file() else []
     return metrics.mean(losses[-max(1, len(losses) // 10):])
 
 
@@ -150,7 +150,7 @@ def ask_row(args, m, rpn, recipe, picture, q, row, prefix):
     if row.method == "RPN + MSE":
         regions = ablations.regressed_regions(m, rpn, question, prefix)
         return answer(m, rpn, picture, question, "box", max_new_tokens=limit, regions=regions, prefix=prefix)
-    threshold = row.tau or q.get("tau") or recipe.taus.get(q.get("benchmark"), recipe.tau)
+    threshold = row.tau or q.get("tau") or recipe.taus.get(q.get("benchmark")) or (rpn or recipe).tau
     own = replace(recipe.for_kind(q.get("kind")), tau=threshold)
     with ablations.asking(row.ablation):
         return ask(m, rpn, own, picture, q, row.method, prefix, limit)
@@ -203,7 +203,8 @@ def measure(args, m, recipe, rows, questions, rpns):
 # --------------------------------------------------------------------------------------- from results to text
 
 # title, key of a result, format
-COLUMNS = ("RoI %", "cropped", ".0f"), ("recall", "covers", ".0f"), ("IoU", "iou", ".2f"), ("s/question", "seconds", ".4f")
+COLUMNS = (("RoI %", "cropped", ".0f"), ("recall", "covers", ".0f"), ("IoU", "iou", ".2f"),
+           ("s/question", "seconds", ".4f"))
 
 
 def over_seeds(results, key, kinds=None):
@@ -264,10 +265,13 @@ def lay_out(rows, results, losses, without=()):
             ("change", rows[0].name, rows[1:]),
             ("against raw", "#1 raw attention", [row for row in rows if row.flags is not None])):
         if against in results:
-            table = [[row.name, *(change(results[row.name], results[against], k) for k in kinds.values())] for row in others]
+            table = []
+            for row in others:
+                table.append([row.name, *(change(results[row.name], results[against], k) for k in kinds.values())])
             lines += ["", *metrics.table([title, *kinds], table)]
-    return [*lines, "", "scores: ± half their range over seeds; change: against the first row, question by question, ± half "
-            "the 95 % interval", "recall: the crops cover half of every true box; speed: relative to the first row"]
+    return [*lines, "",
+            "scores: ± half their range over seeds; change: question by question, ± half the 95 % interval",
+            "change and speed: against the first row; recall: the crops cover half of every true box"]
 
 
 def emit(args, *texts):
@@ -292,14 +296,15 @@ def show(args, rows, *notes):
         args.vicrop_layer = round(14 * depth_of(args) / 32)
     if args.eval and not any(q["boxes"] for q in questions[args.seeds[0]].questions):
         rows = [row for row in rows if row.method != "true box"]
-    paths = {(row.name, seed): trained(args, row, seed) for row in rows for seed in args.seeds if row.flags is not None}
+    paths, losses = {}, {row.name: [] for row in rows}
+    for row in rows:
+        for seed in args.seeds if row.flags is not None else ():
+            paths[row.name, seed] = trained(args, row, seed)
+            losses[row.name].append(final_loss(paths[row.name, seed]))
     m = open_model(args, recipe)
     opened = {path: RPN.load(path, m) for path in set(paths.values())}
     m.budget = args.budget[0] if args.budget else m.budget  # an RPN brings its own
     results = measure(args, m, recipe, rows, questions, {key: opened[path] for key, path in paths.items()})
-    losses = {row.name: [] for row in rows}
-    for (name, _), path in paths.items():
-        losses[name].append(final_loss(path))
     emit(args, about(args, m, questions), *lay_out(rows, results, losses, args.without), *notes)
     return results
 
@@ -394,22 +399,21 @@ def tau(args):
 
 def fig5(args):
     """Score against time: over the budget of pixels in families that have one, else over tau."""
-    what, results = "tau", None
     if read_config(find_checkpoint(args.ckpt))[1].budget:
         what, rows = "image tokens", []
-        for name, mode, flags in (("plain", "plain", None), ("SD-RPN", "SD-RPN masked", [])):
-            rows += [Row(f"{name} {most // CELL}", mode, flags, budget=(least, most))
-                     for least, most in args.budget or BUDGETS]
+        for name, method, flags in (("plain", "plain", None), ("SD-RPN", "SD-RPN masked", [])):
+            for least, most in args.budget or BUDGETS:
+                rows.append(Row(f"{name} {most // CELL}", method, flags, budget=(least, most)))
         note = "the paper's (7B, V*): SD-RPN 77.5 with 576 tokens, which plain reaches with 4096"
-        results = show(args, rows, note)
+        results = show(args, rows)
     else:
-        note, results = "the paper's Figure 5 varies the resolution of Qwen2.5-VL instead", tau(args)
+        what, note, results = "tau", "the paper's Figure 5 varies the resolution of Qwen2.5-VL instead", tau(args)
     series = {}
     for name, got in results.items():
         curve, _, value = name.partition(" ")
-        point = over_seeds(got, "seconds")[0], over_seeds(got, "score")[0], value or curve
-        series.setdefault(curve, []).append(point)
-    series.pop("true", None)
+        if name != "true box":
+            point = over_seeds(got, "seconds")[0], over_seeds(got, "score")[0], value or curve
+            series.setdefault(curve, []).append(point)
     chart = plots.line_plot(series, "seconds per question", "score, %", f"Score against time; the numbers are {what}")
     draw.save(chart, args.out / "fig5.png")
     emit(args, f"drawn in fig5.png, each point with its {what}; {note}")
@@ -502,8 +506,11 @@ def heads(args):
         raise BadInput("no head beats chance: none looks at the true box more than at the boxes of other questions, "
                        "so there is nothing to teach from; use questions that this model can answer")
     pairs, c = finder.choose(seen, gaze)
-    attention = {layer: sorted(h for at, h in pairs if at == layer) for layer in sorted({layer for layer, _ in pairs})}
-    recipe = replace(base, attention=attention, softmax="image", sink=Sink("norm", c) if c else None, kinds={}, request=None)
+    attention = {}
+    for layer, head in sorted(pairs):
+        attention.setdefault(layer, []).append(head)
+    sink = Sink("norm", c) if c else None
+    recipe = replace(base, attention=attention, softmax="image", sink=sink, kinds={}, request=None)
     for name, each in ("this recipe", recipe), ("the shipped one", shipped):
         if each and seen[0].inside is not None:
             lessons = taught(args, m, each, islice(in_order(asked, True), 1, None, 2))
@@ -525,13 +532,15 @@ def bare_recipe(depth, released):
 
 def look(args, m, recipe, asked):
     """What every head attended to, a Seen for each question that tells: every other one with a box, else all."""
-    seen, samples = [], list(islice(in_order(asked, True), 0, None, 2)) or list(in_order(asked))
-    for picture, q in samples:
-        one = finder.observe(m, recipe, picture, q, args.max_new_tokens or q.get("max_new_tokens", 32))
-        if one:
-            seen.append(one)
-        if len(seen) % 10 == 0:
-            log(f"{len(seen)} of {len(samples)} questions seen")
+    seen = []
+    without_boxes = ((picture, q | {"boxes": []}) for picture, q in in_order(asked))
+    for samples in islice(in_order(asked, True), 0, None, 2), without_boxes:
+        if not seen:
+            for picture, q in samples:
+                one = finder.observe(m, recipe, picture, q, args.max_new_tokens or q.get("max_new_tokens", 32))
+                seen += [one] if one else []
+                if len(seen) % 10 == 1:
+                    log(f"{len(seen)} questions seen, of at most {len(asked)}")
     if len(seen) < 8:
         raise BadInput(f"{len(seen)} answered questions are too few to tell a head from chance; use more (--count)")
     return seen
@@ -550,8 +559,8 @@ def compare(args):
     both = [key for key in before if key in after]
     for mode in "plain", "two_stage":
         found = metrics.paired([before[key].get(mode) for key in both], [after[key].get(mode) for key in both])
-        emit(args, f"{mode}, of {len(both)} questions: {args.files[1]} won {found['won']} and lost {found['lost']} against "
-                   f"{args.files[0]}; {100 * found['change']:+.1f} ± {100 * found['interval']:.1f} points")
+        emit(args, f"{mode}, of {len(both)} questions: {args.files[1]} won {found['won']} and lost {found['lost']} "
+                   f"against {args.files[0]}; {100 * found['change']:+.1f} ± {100 * found['interval']:.1f} points")
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -572,8 +581,8 @@ def parser():
     add("--data", type=Path, help="question file to train on; default: train.py's")
     add("--images", type=Path, help="folder that --data's image paths are relative to")
     add("--samples", type=at_least_1, help="train on this many questions; default: the recipe's")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training, and of the toy's questions; default: 0 1 2")
-    add("--count", type=at_least_1, help="questions of each kind; default: 60 toy questions (heads: 20), or the whole file")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and the toy's questions; default: 0 1 2")
+    add("--count", type=at_least_1, help="questions of each kind; default: 60 of the toy (heads: 20), or a whole file")
     add("--values", type=float, nargs="+", help="what table4a, table4b, table7, tau and fig5 sweep")
     add("--budget", type=at_least_1, nargs=2, action="append", metavar=("MIN", "MAX"),
         help="pixels of a picture, in families that take any size; fig5 sweeps several")
@@ -581,7 +590,7 @@ def parser():
     add("--max-new-tokens", type=at_least_1, help="longest answer; default: the question's, else 32 (in training 128)")
     add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     add("--dtype", choices=DTYPES, help="default: as infer.py and train.py choose")
-    add("--out", type=Path, default=ROOT / "out" / "tables", help="folder for runs, texts and pictures; default: out/tables")
+    add("--out", type=Path, default=ROOT / "out" / "tables", help="of runs, texts and pictures; default: out/tables")
     add("--fresh", action="store_true", help="train again what --out holds")
     return p
 

@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -67,7 +66,9 @@ def free_bytes(device):
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
-    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1]) if meminfo.is_file() else float("inf")
+    if not meminfo.is_file():
+        return float("inf")
+    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1])
 
 
 class Bench:
@@ -136,9 +137,10 @@ class Bench:
     def answers(self):
         """One question by both ways: time of each stage, peak memory. It goes first, since a peak stays."""
         w, machine, T, P, n = self.w, self.machine, self.T, self.P, self.n
-        for name, ms, images, flops, tokens in zip(
-                ("plain", "two-stage"), self.interleave(plain=self.ask, two=lambda: self.ask(band(self.grid, n))).values(),
-                (w.encode(), w.encode(2, w.N + n)), (w.plain(T), w.two_stage(T, P, n)), (T, T + n)):
+        t = self.interleave(plain=self.ask, two=lambda: self.ask(band(self.grid, n)))
+        for name, ms, images, flops, tokens in (
+                ("plain", t["plain"], w.encode(), w.plain(T), T),
+                ("two-stage", t["two"], w.encode(2, w.N + n), w.two_stage(T, P, n), T + n)):
             bounds = {"encode": machine.seconds(images), "prefill": w.prefill_seconds(machine, flops),
                       "decode": w.decode_seconds(machine, tokens)}
             self.put(f"{name}: from picture to text", ms["all"], 1000 * sum(bounds.values()), " ms")
@@ -159,7 +161,7 @@ class Bench:
         plain = t["plain"]["prefill"]
         for name, ms, flops, note in (
                 ("first two-stage question", t["first"]["prefill"], w.two_stage(T, P, n), "target 1.65"),
-                ("further two-stage question, same picture", t["further"]["prefill"], w.question(T, P, n), "target 0.65"),
+                ("further question, same picture", t["further"]["prefill"], w.question(T, P, n), "target 0.65"),
                 ("plain answer after it", t["after"]["prefill"], w.plain(T, P), "target 0.08"),
                 ("two-stage question, no region", t["none"]["prefill"], w.two_stage(T, P, 0), "target 1.1"),
                 ("two-stage question, everything recomputed", t["roi"]["prefill"] + t["again"]["all"],
@@ -168,9 +170,8 @@ class Bench:
             self.put(f"{name}, in plain prefills", ms / plain, flops / w.plain(T), " x", note)
         for name, key, crop, note in (("two-stage", "first", n, "target 0.80 on a GPU; published 0.62"),
                                       ("no region", "none", 0, "target 0.96 on a GPU, 0.90 on a CPU")):
-            bound = w.plain_seconds(self.machine, T) / w.two_stage_seconds(self.machine, T, P, crop)
-            self.put(f"throughput, {name} / plain, {NEW} new, {crop} crop tokens", t["plain"]["all"] / t[key]["all"], bound,
-                     " x", note)
+            self.put(f"throughput, {name} / plain, {NEW} new, {crop} crop tokens", t["plain"]["all"] / t[key]["all"],
+                     w.plain_seconds(self.machine, T) / w.two_stage_seconds(self.machine, T, P, crop), " x", note)
         logits, has_picture = torch.where(cells, 9.0, -9.0), Letterbox.of(m, self.picture).holds_picture()
         host = best(lambda: find_regions(logits, 0.15, has_picture), torch.device("cpu"))
         self.put("finding regions, on the host", 1000 * host, None, " ms", "target 2 ms")
@@ -187,8 +188,9 @@ class Bench:
         t = self.interleave(alone=lambda: all_questions(False), shared=lambda: all_questions(True))
         alone = w.encode(3, 2 * w.N + n) + w.plain(T) + w.two_stage(T, P, n)
         shared = w.encode(1, n) + w.plain(T, P) + w.question(T, P, n)
-        self.put(f"POPE: {QUESTIONS} questions a picture, each alone / on one prefix", t["alone"]["all"] / t["shared"]["all"],
-                 QUESTIONS * alone / (w.encode() + w.plain(P) + QUESTIONS * shared), " x", "target 2.2")
+        bound = QUESTIONS * alone / (w.encode() + w.plain(P) + QUESTIONS * shared)
+        self.put(f"POPE: {QUESTIONS} questions a picture, each alone / on one prefix",
+                 t["alone"]["all"] / t["shared"]["all"], bound, " x", "target 2.2")
         self.put("    a question, plain and two-stage, on one prefix", t["shared"]["all"] / QUESTIONS, None, " ms")
 
     def whole_prefill(self, T):
@@ -266,7 +268,8 @@ class Bench:
                   ("2 regions, Box Upscaling", self.T, 2 * N, 2, two, {"mode": "box"}),
                   (f"4 turns, {self.n} crop tokens", long, self.n, 1, band(grid, self.n), {"history": past})]
         for name, T, n, crops, cells, how in cases:
-            t = self.interleave(plain=lambda: self.ask(history=how.get("history", ())), two=lambda: self.ask(cells, **how))
+            t = self.interleave(plain=lambda: self.ask(history=how.get("history", ())),
+                                two=lambda: self.ask(cells, **how))
             bound = w.two_stage_seconds(machine, T, self.P, n, crops) / w.plain_seconds(machine, T)
             self.put(f"two-stage / plain answer: {name}", t["two"]["all"] / t["plain"]["all"], bound, " x")
         t = self.interleave(one=lambda: self.generate(1, NEW), eight=lambda: self.generate(8, NEW))
@@ -289,17 +292,17 @@ class Bench:
             self.put(f"    a token, batch {b}", decode / new, bound / new, " ms")
 
     def training(self):
-        """Steps of train.py, whole: pictures, labels, student. Every sample gets labels, whatever its random map says."""
+        """Whole steps of train.py. Every sample gets labels, whatever its random map says."""
         batch, accumulate = (8, 4) if self.cuda else (2 if self.tiny or self.args.random == "small" else 8, 1)
         for teacher, new in ((batch, 5), (1, 5)):
             seconds = self.step_seconds(batch, accumulate, teacher, new)
-            samples, w = batch * accumulate, self.w
+            samples, w, machine = batch * accumulate, self.w, self.machine
             flops = samples * (w.encode() + w.plain(self.T) + 3 * w.rpn(self.T))
-            bound = self.machine.seconds(flops) + samples / teacher * w.decode_seconds(self.machine, self.T, new, teacher)
+            bound = machine.seconds(flops) + samples / teacher * w.decode_seconds(machine, self.T, new, teacher)
             name = f"label + train step, {batch} x {accumulate}, teacher batch {teacher}, answers of {new}"
             self.put(name, samples / seconds, samples / bound, " /s")
-            self.put("    MFU: training step, decoding not counted", flops / self.machine.peak / seconds,
-                     flops / self.machine.peak / bound, "", "target 0.45")
+            self.put("    MFU: training step, decoding not counted", flops / machine.peak / seconds,
+                     flops / machine.peak / bound, "", "target 0.45")
         self.put("    peak memory", self.memory(), None, " GB", "target 26 GB" if self.cuda else "of the whole bench")
 
     def step_seconds(self, batch, accumulate, teacher, new):
@@ -315,12 +318,11 @@ class Bench:
             ends.append(time.perf_counter())
             record(run, *how)
         samples = (self.args.repeat + 1) * batch * accumulate  # the first step warms up
-        recipe = replace(self.recipe, train=replace(self.recipe.train, batch_size=batch, grad_accum=accumulate, epochs=1))
         with (tempfile.TemporaryDirectory() as folder, mock.patch.object(train, "make_targets", make_targets),
               mock.patch.multiple(train.Run, record=record_and_look, finish=lambda *how: None)):
             run = train.Run(Path(folder, "run"), {"seed": 0}, samples, batch * accumulate, 1)
             questions = [(self.picture, {"question": [QUESTION]})] * samples
-            train.train(self.m, recipe, questions, run, teacher, new)
+            train.train(self.m, self.recipe, questions, run, teacher, new)
             run.close()
         return statistics.median(b - a for a, b in zip(ends, ends[1:]))
 
@@ -345,8 +347,9 @@ class Bench:
 
     def left_out(self, part):
         """Why a part can not be measured here, or None."""
-        if part == "reference" and (self.m.config.model_type != "llava" or importlib.util.find_spec("transformers") is None):
-            return "it needs a LLaVA, and transformers"
+        if part == "reference":
+            if self.m.config.model_type != "llava" or importlib.util.find_spec("transformers") is None:
+                return "it needs a LLaVA, and transformers"
         needed = self.w.answer_bytes(self.T, {"labels": self.batch, "scaling": 8, "shares": 8}.get(part, 1))
         if part == "training":
             needed = report.training_bytes(self.args.random, layers=self.args.layers)

@@ -96,11 +96,9 @@ def make_case(world, seed, i, case):
         path = rng.choice(sorted(path for path in (case / "copy").rglob(pattern) if path.is_file()))
         path.write_bytes(damage(rng, path))
         return path
-    if kind == "mix.json":
-        return llava_mix, [damaged(intact / "originals", kind), "--images", intact / "pictures", "--out", case / "made.jsonl"]
-    if kind == "pope.json":
-        words = ["pope", damaged(intact / "originals", kind), "--images", intact / "pictures"]
-        return benchmarks, [*words, "--out", case / "made.jsonl"]
+    if kind.endswith(".json"):
+        words = [damaged(intact / "originals", kind), "--images", intact / "pictures", "--out", case / "made.jsonl"]
+        return (llava_mix, words) if kind == "mix.json" else (benchmarks, ["pope", *words])
     if kind == "run":
         damaged(intact / "run")
         return train, train_argv(ckpt, questions, case / "copy", *SHORT)

@@ -99,7 +99,8 @@ def skeleton(name, layers=None):
     if layers:
         config = replace(config, num_hidden_layers=layers)
         frozen = max(1, fields["frozen_layers"] * layers // depth)
-        fields |= plain_recipe(layers) | dict(frozen_layers=frozen, rpn_layers=min(fields["rpn_layers"], layers - frozen))
+        R = min(fields["rpn_layers"], layers - frozen)
+        fields |= plain_recipe(layers) | dict(frozen_layers=frozen, rpn_layers=R)
     recipe = Recipe(**fields).for_kind(None)
     with torch.device("meta"):
         m = family(config, Words(config, CONFIGS[name].get("vision_start_token_id", 0)))

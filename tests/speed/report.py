@@ -120,7 +120,8 @@ def check(device, count=20):
         rpn = RPN.load(m.folder / "rpn.safetensors", m)
         for picture, q in ToyQuestions("bench", count):
             got = answer(m, rpn, picture, q["question"][-1], max_new_tokens=16)
-            found.append((got.logits, got.text, got.boxes, m.generate(picture, q["question"][-1], 16, prefix=got.prefix)))
+            plain = m.generate(picture, q["question"][-1], 16, prefix=got.prefix)
+            found.append((got.logits, got.text, got.boxes, plain))
         for module, config, case in cases:
             found.append(golden(module, config, case, where, dtype))
     ours, theirs = found[:len(found) // 2], found[len(found) // 2:]
