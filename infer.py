@@ -237,7 +237,7 @@ def parser():
     add("--limit", type=at_least_1, help="only the first questions; default: all")
     add("--out", metavar="FILE.jsonl", help="write answers and boxes there; default: nowhere")
     add("--max-bad", type=float, default=1.0, metavar="PERCENT",
-        help="stop if more of the questions than this can not be answered; default: 1")
+        help="stop if more of the questions than this cannot be answered; default: 1")
     add("--fresh", action="store_true", help="answer again what was answered before")
     p.epilog = ("The toy knows only the scenes of data/toy/scenes.py and questions like these: "
                 "What number (or word) is on the star? What colour is the dot on the star? What is "
@@ -249,7 +249,7 @@ def work(args):
     if bool(args.image) == bool(args.eval):
         raise BadInput("name a picture or --eval FILE; see python infer.py --help")
     if args.explain and (args.eval or args.mode == "plain"):
-        raise BadInput("--explain draws both looks at one picture: not --eval, not --mode plain")
+        raise BadInput("--explain works on one picture, without --eval and --mode plain")
     if args.save not in (None, "none"):
         from data.draw import check_path
         check_path(args.save, args.image)

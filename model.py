@@ -40,7 +40,7 @@ FAMILIES = {
     "multi_modality": ("backbones.deepseek_vl", "DeepSeekVL"),
     "qwen2_5_vl": ("backbones.qwen2_5_vl", "Qwen2_5VL"),
 }
-# What CLIPVisionConfig assumes where a vision_config is silent
+# What the library assumes where a vision_config is silent; without one it is ViT-L/14-336
 CLIP_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
                      num_attention_heads=12, image_size=224, patch_size=32)
 # Entries of generation_config.json that change greedy decoding, unless they are neutral
@@ -146,15 +146,15 @@ class KVCache:
     """Keys and values of each layer, (b, Hkv, length, d). Columns can be written again and again.
 
     length: room to make when a layer's buffers are allocated; a caller may raise it.
-    queries: {layer: []} keeps the rotated q (b, H, t, d) of every call of these layers (the tap).
+    queries: {layer: []} makes these layers keep the rotated q (b, H, t, d) of every call.
     """
 
     def __init__(self):
         self.k, self.v, self.queries, self.length = {}, {}, {}, 0
 
     def update(self, layer, start, k, v):
-        """Write k and v (b, Hkv, t, d) at columns start.. -> keys and values of columns 0..start+t.
-        """
+        """Write k and v (b, Hkv, t, d) at columns start.. -> keys and values of all columns before
+        start + t."""
         end = start + k.shape[2]
         for buffers, new in (self.k, k), (self.v, v):
             if layer not in buffers or buffers[layer].shape[2] < end:
@@ -191,8 +191,9 @@ class Attention(nn.Module):
                 cache.queries[layer].append(q)
         if start > 0 and t > 1:  # row i sees columns 0..start+i
             mask = torch.ones(t, start + t, dtype=torch.bool, device=x.device).tril(start)
-            groups = q.shape[1] // k.shape[1]  # no fused kernel takes a mask and grouped heads
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+            groups = q.shape[1] // k.shape[1]
+            if groups > 1:  # no fused kernel takes a mask and grouped heads
+                k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         y = F.scaled_dot_product_attention(  # (b, H, t, d)
             q, k, v, attn_mask=mask, is_causal=mask is None and t > 1,
             enable_gqa=q.shape[1] != k.shape[1])
@@ -248,7 +249,7 @@ class Projector(nn.Module):
 
 @dataclass
 class Prefix:
-    """[system][image], run once. Questions run behind it, each over the one before."""
+    """[system][image], run once. Questions run behind it, each over the last one's columns."""
     hidden: dict         # {layers run: hidden states (b, P, D)}, for the layers that were asked for
     cache: KVCache       # its first P columns are the prefix
     columns: slice       # the image's columns, the last of the prefix: P = columns.stop
@@ -442,9 +443,9 @@ class LLaVA(nn.Module):
         """Greedy decoding from the last prompt token's hidden state (b, D).
 
         column, position: where the next token goes in the cache, and its rotary position. Returns
-        b lists of ids without EOS. Neither EOS nor the last of max_new_tokens is fed back. A row
-        that has ended runs on unread until all have. Raises FloatingPointError if a logit is not
-        finite.
+        b lists of ids without EOS. Neither EOS nor the last of max_new_tokens is fed back. A
+        finished row keeps decoding, ignored, until all have finished. Raises FloatingPointError if
+        a logit is not finite.
         """
         rope = self.text_rope(position, max_new_tokens)
         words = self.tokenizer.get_piece_size()  # from here on the vocabulary is padding
@@ -503,8 +504,9 @@ class LLaVA(nn.Module):
         settings = read_json(folder / "tokenizer_config.json", optional=True)
         known = {"<image>", "<pad>", settings.get("pad_token"), "<unk>", "<s>", "</s>"}
         added = {*added, *(t["content"] for t in settings.get("added_tokens_decoder", {}).values())}
-        with reading(folder / "tokenizer_config.json", "use a checkpoint without added tokens"):
-            expect({"added token": next(iter(added - known), None)}, **{"added token": []})
+        if added - known:
+            raise BadInput(f"{folder}: added tokens {sorted(added - known)} are not supported; "
+                           "use a checkpoint without them")
         return tokenizer
 
     def renames(self):
@@ -614,7 +616,7 @@ def read_config(folder):
     folder = Path(folder)
     path = folder / "config.json"
     given = read_json(path)
-    with reading(path, "this program can not run such a checkpoint"):
+    with reading(path, "this program cannot run such a checkpoint"):
         expect(given, model_type=list(FAMILIES), quantization_config=[])
         module, name = FAMILIES[given["model_type"]]
         family = getattr(importlib.import_module(module), name)
@@ -663,9 +665,9 @@ class Checkpoint:
             stored = shard.get_tensor(name)  # memory-mapped: read as it is converted
             tensors[key] = stored.to(device, dtype)
             if not (stored.is_floating_point() and tensors[key].isfinite().all()):
-                fits = stored.is_floating_point() and stored.isfinite().all()
+                was_finite = stored.is_floating_point() and stored.isfinite().all()
                 raise BadInput(f"{self.path}: {name} " + (
-                    f"does not fit into {dtype}; use --dtype bfloat16" if fits else
+                    f"does not fit into {dtype}; use --dtype bfloat16" if was_finite else
                     "holds integers, NaN or infinite values; download it again"))
         module.load_state_dict(tensors, assign=True)
         return module.requires_grad_(False).eval()
@@ -721,7 +723,7 @@ def load(folder, device=None, dtype=None):
 
 
 def fingerprint(folder, files):
-    """A short name for exactly these weights: config.json as parsed, and the files' content.
+    """A short name that identifies these weights: config.json as parsed, and the files' content.
 
     Of a file from 256 MB on, 64 samples of 4 KB are taken.
     """

@@ -45,7 +45,6 @@ class Sink:
     def __post_init__(self):
         check_types(self)
         expect(vars(self), kind=["norm", "attention"])
-        float(self.c if self.kind == "norm" else self.threshold)
         self.attention = by_layer(self.attention or {})
 
 
@@ -73,8 +72,8 @@ class Training:
     grad_accum: int    # a step is batch_size x grad_accum samples
     clip: float        # of the gradient's norm
     data: str = None      # "toy scenes": the toy, which draws its own questions
-    samples: int = None   # of them, to train on
-    held_out: int = None  # and to compare the methods on
+    samples: int = None   # number of questions it draws to train on
+    held_out: int = None  # number of questions it draws to compare the methods on
 
     __post_init__ = check_types
 
@@ -82,7 +81,7 @@ class Training:
 @dataclass
 class Recipe:
     """Where the teacher looks, where the RPN sits, and how it is trained: recipe.json's entries."""
-    attention: dict      # {layer: heads}, None = all heads; (layer, head) pairs are one pool
+    attention: dict      # {layer: heads}, None = all; all (layer, head) pairs count equally
     frozen_layers: int   # B
     rpn_layers: int      # R
     train: Training
@@ -103,7 +102,9 @@ class Recipe:
         self.sink = Sink(**self.sink) if isinstance(self.sink, dict) else self.sink
         self.labels = LabelRules(**self.labels) if isinstance(self.labels, dict) else self.labels
         self.train = Training(**self.train) if isinstance(self.train, dict) else self.train
-        for kind in self.kinds:
+        for kind, fields in self.kinds.items():
+            if fields.keys() & {"frozen_layers", "rpn_layers", "train", "budget"}:
+                raise ValueError(f"kinds: {kind} has its own {sorted(fields)}; one RPN serves all")
             self.for_kind(kind)
 
     def for_kind(self, kind):
@@ -204,7 +205,7 @@ def teach(m, recipe, pixels, prompts, max_new_tokens=128, prefix=None):
 
     sink_heads = sink.attention if sink else {}
     cache.queries = {layer: [] for layer in {*recipe.attention, *sink_heads}}
-    # Line 6; 7 and 8 come with it: decoding feeds the answer back and keeps its q and all k.
+    # Line 6, and with it 7-8, the pass over the answer: decoding feeds it back, keeping q and k.
     answers = m.decode(last, cache, P + t, prefix.position + t, max_new_tokens)
     rows = [min(len(ids), max_new_tokens - 1) for ids in answers]  # of each sample
     # Lines 9-10 where the recipe says "image"; the released LLaVA recipes say "sequence".
@@ -227,7 +228,7 @@ def training_view(m, recipe, picture):
     """The picture as training shows it, to teacher and student -> pixels (3, H, W), a Letterbox."""
     padded, frame = picture, m.frame(picture.size)
     if recipe.square:
-        padded = pad_to_square(picture, (127, 127, 127))
+        padded = pad_to_square(picture, (127, 127, 127))  # the released recipe's grey
         frame = padded.size
     pixels = m.pixels(padded)
     return pixels, Letterbox(picture.size, m.token_grid(pixels), frame)
@@ -747,7 +748,7 @@ def kept_cells(region, grid, letterbox):
         end = min(high, letterbox.to_grid(letterbox.picture_size[axis], axis))
         scales.append((end - start) / (high - low))
         shifts.append((start + end - low - high) / (high - low))
-    if scales == [1, 1]:
+    if scales == [1, 1]:  # exact ties at 0.5 then fall as in the released code
         kept = F.interpolate(mask, grid, mode="bilinear")[0, 0] > 0.5
     else:
         affine = torch.tensor([[[scales[0], 0, shifts[0]], [0, scales[1], shifts[1]]]])

@@ -54,12 +54,12 @@ def train(m, recipe, questions, run, largest_group=8, max_new_tokens=128):
     run.restore(rpn, optimizer)
 
     for step, samples in run.steps(partial(read_sample, m, recipe, questions, max_new_tokens)):
-        on_disk = all(sample.number in run.labels for sample in samples)
+        labelled_before = all(sample.number in run.labels for sample in samples)
         counts = torch.zeros(4, dtype=torch.float64)
         optimizer.zero_grad()
         for group in make_groups(samples, largest_group):  # 4: (x_v, x_t) of D
             pixels = torch.stack([sample.pixels for sample in group])  # (b, 3, H, W)
-            if on_disk:  # labels of an earlier epoch: the student needs no more than its layers
+            if labelled_before:  # in an earlier epoch: the student needs only the B frozen layers
                 prefix = m.prefill(pixels, keep=(B,), depth=B)
             else:
                 prefix = m.prefill(pixels, keep=prefix_layers(group[0].recipe))
@@ -70,12 +70,12 @@ def train(m, recipe, questions, run, largest_group=8, max_new_tokens=128):
             del prefix  # the backward pass needs its memory
             with torch.autocast(m.device.type, torch.bfloat16, enabled=m.dtype.itemsize == 2):
                 scores = rpn.score(hidden, columns, rows, rope)  # 15-17: (b, H, n, N)
-            loss = group_loss(scores, labels)  # 13, 18: a sum over the labelled tokens
+            loss = group_loss(scores, labels)  # lines 13 and 18, summed over the labelled tokens
             loss.backward()
             known = (labels >= 0).flatten(1)  # (b, n*N)
             unlabelled = (~known.any(1)).sum()
             counts += counts.new_tensor([loss.item(), known.sum(), unlabelled, len(group)])
-        if not on_disk:
+        if not labelled_before:
             run.write_labels([sample.number for sample in samples])
 
         loss, labelled, *others = run.add_up(counts, rpn.parameters())
@@ -109,7 +109,7 @@ class Sample:
 
 
 def read_sample(m, recipe, questions, max_new_tokens, number):
-    """-> Sample. Raises BadInput if the picture can not be read, or the model has too little room.
+    """-> Sample. Raises BadInput if the picture cannot be read, or the model has too little room.
 
     The samples of a group have prompts of one length, one grid and one recipe. A conversation is
     alone, since its answers differ in length.
@@ -226,12 +226,12 @@ def open_questions(training, images, samples, seed):
     if training.data is None and not path.is_file():
         raise BadInput(f"{path} is missing; make it with: python data/llava_mix.py "
                        "llava_v1_5_mix665k.json --images IMAGES")
-    questions = FileQuestions(path, images, samples, seed)  # the toy's number is of its scenes
+    questions = FileQuestions(path, images, samples, seed)  # not the recipe's, which counts scenes
     return questions, hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def override(record, args):
-    """A dataclass with the values of the flags that were given and have the names of its fields."""
+    """Copy a dataclass, replacing the fields for which a flag of the same name was given."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     names = given.keys() & vars(record).keys()
     return replace(record, **{name: given[name] for name in names})
@@ -271,9 +271,9 @@ def parser():
     add("--samples", type=at_least_1,
         help="train on this many questions, shuffled with --seed; 10000 already helps (Table 4b)")
     add("--seed", type=int, default=0, help="order of the data; default: 0")
-    add("--batch-size", type=at_least_1, help="as the paper has it; see --grad-accum")
+    add("--batch-size", type=at_least_1, help="a step is this times --grad-accum samples")
     add("--grad-accum", type=at_least_1,
-        help="a step is batch-size x grad-accum samples, on any number of processes")
+        help="see --batch-size; a step has as many samples on any number of processes")
     add("--teacher-batch", type=at_least_1, default=8,
         help="most samples at a time, teacher and student; lower it when memory runs out; "
              "default: 8")
@@ -285,7 +285,7 @@ def parser():
     add("--max-new-tokens", type=at_least_1, default=128,
         help="longest answer of the teacher; default: 128")
     add("--max-bad", type=float, default=1.0,
-        help="stop if more than this percentage of the samples can not be read; default: 1")
+        help="stop if more than this percentage of the samples cannot be read; default: 1")
     add("--held-out", type=at_least_1,
         help="toy: new questions to compare the methods on at the end; default: the recipe's")
     add("--save-every", type=float, default=300, help="seconds between resume points; default: 300")

@@ -432,7 +432,7 @@ def read_tower(kind, given):
 
 def check_processor(folder, c):
     """Raise BadInput if the folder's processor does anything that pixels() or the prompt do not."""
-    with reading(folder / "preprocessor_config.json", "this program can not run such a checkpoint"):
+    with reading(folder / "preprocessor_config.json", "this program cannot run such a checkpoint"):
         expect(read_processor(folder), image_size=[c.image_size], min_size=[MIN_SIDE],
                do_normalize=[False], rescale_factor=[1 / 255], image_mean=[[*c.mean]],
                background_color=[[*padding_colour(c)]])

@@ -388,7 +388,7 @@ class Qwen2_5VL(LLaVA):
 
 def read_budget(folder, vision):
     """The least and most pixels of the folder's picture processor, which must be as ours is."""
-    with reading(folder / "preprocessor_config.json", "this program can not run such a checkpoint"):
+    with reading(folder / "preprocessor_config.json", "this program cannot run such a checkpoint"):
         given = read_processor(folder)
         expect(given, image_mean=[[*MEAN]], image_std=[[*STD]], rescale_factor=[1 / 255],
                resample=[Image.BICUBIC], do_resize=[True], do_rescale=[True], do_normalize=[True],

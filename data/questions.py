@@ -55,14 +55,14 @@ FIELDS = {  # name: does the question's field hold what it should?
 def check_question(record):
     """The question that a record holds: its turns in a list, and no null.
 
-    Raises ValueError, TypeError, KeyError or AttributeError if it can not be asked or scored.
+    Raises ValueError, TypeError, KeyError or AttributeError if it cannot be asked or scored.
     """
     q = {key: value for key, value in record.items() if value is not None}
     if is_text(q["question"]):
         q["question"] = [q["question"]]
     for field in ("image", *q):
         if field in FIELDS and not FIELDS[field](q[field]):
-            raise ValueError(f"{field!r} can not be {str(q[field])[:60]!r}")
+            raise ValueError(f"{field!r} cannot be {str(q[field])[:60]!r}")
     json.dumps(q, ensure_ascii=False).encode()  # fails on lone surrogates, as tokenisers do
     check_answers(q)
     return q

@@ -20,8 +20,8 @@ from PIL import Image
 from clip import load_image
 from data.toy.scenes import ToyQuestions
 from model import load
-from sdrpn import (RPN, Letterbox, answer, assign_labels, find_regions, kept_cells, load_recipe,
-                   prefix_layers, remove_sink_tokens, roi_loss, smooth, teach, union)
+from sdrpn import (RPN, Letterbox, answer, assign_labels, find_regions, load_recipe, prefix_layers,
+                   remove_sink_tokens, roi_loss, smooth, teach, upscale)
 
 torch.set_num_threads(1)  # the toy is so small that a second thread would only wait
 OUT = ROOT / "out" / "walk"
@@ -39,8 +39,9 @@ def save_map(name, values):
     Image.fromarray((np.array(picture) * light[..., None]).astype(np.uint8)).save(OUT / name)
 
 
-print(picture.size, "pixels,", m.depth, "layers, a grid of", grid)
-# prints: (672, 672) pixels, 8 layers, a grid of (12, 12)
+B, R = recipe.frozen_layers, recipe.rpn_layers
+print(picture.size, "pixels,", m.depth, "layers, a grid of", grid, "image tokens; B", B, "R", R)
+# prints: (672, 672) pixels, 8 layers, a grid of (12, 12) image tokens; B 3 R 3
 
 # %% Sec. 3.1, the sequence. The picture stands between the system prompt and the question. A
 # decoder is causal, so the first two do not depend on the question: they are run once.
@@ -56,27 +57,32 @@ print(m.generate(picture, question, prefix=prefix))
 # prints: egg
 
 # %% Sec. 3.1, Alg. 1 lines 6-10. While it answers, the model looks at the picture. The attention of
-# the response tokens to the image tokens, averaged over a few heads that point well, is M_RoI.
-one_head = replace(recipe, attention={4: [3]})
-save_map("0-one-head.png", teach(m, one_head, None, [ids], prefix=prefix).raw[0].view(grid))
+# the response tokens to the image tokens, averaged over a few heads, is M_RoI. Two of the recipe's
+# heads point at the thing that is asked about; the other two also park on a sink, as heads of large
+# models do.
+for head in (0, 1):
+    one = replace(recipe, attention={4: [head]})
+    save_map(f"0-layer-4-head-{head}.png", teach(m, one, None, [ids], prefix=prefix).raw[0].view(grid))
 lesson = teach(m, recipe, None, [ids], prefix=prefix)
 M = lesson.raw[0]  # (N,)
 save_map("1-attention.png", M.view(grid))
 print("answer:", lesson.responses[0])
-print("the brightest cells:", M.topk(3).indices.tolist(), "of", M.numel())
+print("the brightest cells:", M.topk(3).indices.tolist(), "of", M.numel(), "(a sink, then the diamond)")
 # prints: answer: egg
-# prints: the brightest cells: [131, 57, 58] of 144
+# prints: the brightest cells: [131, 57, 58] of 144 (a sink, then the diamond)
 
 # %% Eq. 1, sinks. A few image tokens draw attention whatever is asked. They hold no evidence, but
-# their hidden states are much longer than the others', and that gives them away.
+# their hidden states are longer than the others', and that gives them away: longer than tau_norm,
+# here c times the median. l is the lowest layer that the recipe reads. teach() has done the same.
 hidden = prefix.hidden[min(recipe.attention)][0, prefix.columns]  # (N, D), entering layer l
 norms = hidden.norm(dim=-1)
 clean = remove_sink_tokens(M, hidden, recipe.sink.c * norms.median())
-print(f"{(norms > recipe.sink.c * norms.median()).sum()} sinks; longest over median: "
-      f"{norms.max() / norms.median():.1f}")
+assert torch.equal(clean, lesson.clean[0])
+print(f"c = {recipe.sink.c}; longest over median: {norms.max() / norms.median():.1f}; "
+      f"{(clean < M).sum()} sink")
 print(f"attention on sinks: {100 * (1 - clean.sum() / M.sum()):.0f} %")
 save_map("2-without-sinks.png", clean.view(grid))
-# prints: 1 sinks; longest over median: 1.6
+# prints: c = 1.4; longest over median: 1.6; 1 sink
 # prints: attention on sinks: 41 %
 
 # %% Eq. 2, pseudo-labels. Strong cells are foreground. Weak cells outside the foreground's box are
@@ -98,38 +104,44 @@ for row in labels.view(grid).tolist():
 # prints: ...?........
 
 # %% Eq. 3-5, the RPN. R blocks, copied from layers B..B+R-1, read the states after the first B
-# layers. The score of a cell is q . k / sqrt(d) of the last prompt token and of the cell.
+# layers. Eq. 3: R-1 of them run whole. Eq. 4: the last prompt token is the query.
+# Eq. 5: the score of a cell is q . k / sqrt(d), the mean over heads.
 rpn = RPN.from_layers(m, recipe.frozen_layers, recipe.rpn_layers)
-before = rpn(m, picture, question).sigmoid()
+logits = rpn(m, picture, question)  # (h, w)
+before = logits.sigmoid()
 save_map("3-rpn-untrained.png", before)
 print(f"untrained: mean {before.mean():.2f}, on the foreground {before.flatten()[labels == 1].mean():.2f}")
 # prints: untrained: mean 0.75, on the foreground 0.59
 
 # %% Alg. 1 line 18, the loss. Binary cross-entropy over the labelled cells alone.
-scores = rpn.score(lesson.hidden, lesson.columns, [-1], lesson.rope)  # (1, H, 1, N)
-print(f"loss {roi_loss(scores.mean(1)[:, 0], labels[None]).item():.2f}")
+print(f"loss {roi_loss(logits.flatten(), labels).item():.2f}")
 # prints: loss 1.55
 
 # %% Alg. 1, in ten lines. 200 questions about other pictures: the model answers, its attention
-# becomes labels, the RPN learns them. No answer and no box of the data set is used.
+# becomes labels, the RPN learns them. No answer and no box of the data set is used. (train.py works
+# in batches, and divides by the labelled cells of a whole step; here each sample counts the same.)
 optimizer = torch.optim.AdamW(rpn.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0)
 for step in range(25):
     for number in range(8 * step, 8 * step + 8):
         shot, q = ToyQuestions("walk", 200)[number]
         taught = teach(m, recipe, m.pixels(shot)[None], [m.prompt_ids(q["question"][0])])
         target = assign_labels(taught.clean, grid)
-        scores = rpn.score(taught.hidden, taught.columns, [-1], taught.rope)
-        (roi_loss(scores.mean(1)[:, 0], target) / 8).backward()
+        scores = rpn.score(taught.hidden, taught.columns, [-1], taught.rope)  # (1, H, 1, N)
+        loss = roi_loss(scores.mean(1)[:, 0], target)  # mean over heads, the one query's row
+        (loss / 8).backward()
     optimizer.step()
     optimizer.zero_grad()
-after = rpn(m, picture, question).detach().sigmoid()
+logits = rpn(m, picture, question)
+after = logits.sigmoid()
 save_map("4-rpn-trained.png", after)
 print(f"trained on 200 questions: mean {after.mean():.2f}, "
-      f"on the foreground {after.flatten()[labels == 1].mean():.2f}")
-# prints: trained on 200 questions: mean 0.05, on the foreground 0.71
+      f"on the foreground {after.flatten()[labels == 1].mean():.2f}, "
+      f"loss {roi_loss(logits.flatten(), labels).item():.2f}")
+# prints: trained on 200 questions: mean 0.05, on the foreground 0.71, loss 0.04
 
 # %% Eq. 6, smoothing and threshold. A Gaussian takes specks away; cells above tau are what to read
-# again. The bundled RPN was trained longer, on 1,000 questions.
+# again. The bundled RPN was trained longer, on 1,000 questions. (Padding, which this square picture
+# does not have, counts as 0.)
 rpn = RPN.load(ROOT / "data/toy/llava-toy/rpn.safetensors", m)
 logits = rpn(m, picture, question)
 p = smooth(logits.sigmoid() * letterbox.holds_picture())
@@ -143,23 +155,26 @@ for region in regions:
     print("cells", region.box, "pixels", letterbox.to_pixels(region.box))
 # prints: cells (8, 3, 12, 6) pixels (448, 168, 672, 336)
 
-# %% Eq. 8, the mask. One crop around all regions; of its cells those under the mask become tokens.
-whole = union(regions)
-picture.crop(letterbox.to_pixels(whole.box)).save(OUT / "6-crop.png")
-keep = kept_cells(whole, grid, letterbox)
-print(keep.sum().item(), "of", keep.numel(), "cells of the crop are kept")
-# prints: 122 of 144 cells of the crop are kept
+# %% Eq. 8, the mask. One crop around all regions. The model sees it with a grid of its own, and of
+# these cells only those under the mask become tokens.
+(crop,) = upscale(m, picture, letterbox, regions, "mask")
+cut = picture.crop(crop.box)
+shade = Image.fromarray(np.where(crop.keep, 255, 60).astype(np.uint8)).resize(cut.size)
+Image.composite(cut, Image.new("RGB", cut.size), shade).save(OUT / "6-crop.png")
+print(crop.keep.sum().item(), "of", crop.keep.numel(), "cells of the crop are kept:", crop.tokens.shape)
+# prints: 122 of 144 cells of the crop are kept: torch.Size([122, 160])
 
 # %% Sec. 3.4, the second stage. The crop's tokens go behind the image, before the question.
 result = answer(m, rpn, picture, question, prefix=prefix)
 print("plain:", m.generate(picture, question, prefix=prefix), "| two-stage:", result.text)
 # prints: plain: egg | two-stage: map
 
-# %% What tau does. A lower one reads more of the picture again, at less magnification.
-for tau in (0.05, 0.25, 0.6, 0.9):
+# %% What tau does. Lower: the crop grows and is magnified less, until the region is too large to gain
+# (MAX_AREA) and is dropped. Higher: nothing is left. Without a region the plain answer stands.
+for tau in (0.01, 0.05, 0.25, 0.6):
     result = answer(m, rpn, picture, question, tau=tau, prefix=prefix)
     print(f"tau {tau}: {len(result.regions)} regions, crop {result.boxes}, answer {result.text}")
+# prints: tau 0.01: 0 regions, crop [], answer egg
 # prints: tau 0.05: 1 regions, crop [(336, 112, 672, 504)], answer egg
 # prints: tau 0.25: 1 regions, crop [(448, 168, 672, 336)], answer map
 # prints: tau 0.6: 0 regions, crop [], answer egg
-# prints: tau 0.9: 0 regions, crop [], answer egg
