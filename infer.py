@@ -38,7 +38,7 @@ def choose(ckpt, rpn):
     """What --ckpt and --rpn ask for -> the checkpoint's folder, and the path of its RPN or None."""
     if not ckpt and not rpn:  # the toy, with the RPN trained last if that is its own
         trained, rpn = last_run()
-        return TOY, rpn if trained in ("toy", str(TOY)) else TOY / "rpn.safetensors"
+        return TOY, rpn if trained in ("toy", str(TOY)) else trained_or_bundled("toy", TOY)
     if rpn == "last":
         trained, rpn = last_run()
         if rpn is None:
@@ -219,9 +219,11 @@ def parser():
         help="mask: look again at one crop, but only at the parts that the network marks; "
              "box: at up to two whole crops; plain: look once; default: mask")
     add("--tau", type=between_0_and_1, help="how sure the network must be to mark a part, 0 to 1; "
-        "lower it if something is missed; default: what the network was trained with")
+        "lower it if something is missed (too low, and regions grow too large to gain); "
+        "default: the RPN's own")
     add("--budget", type=at_least_1, nargs=2, metavar=("MIN", "MAX"),
-        help="pixels of a picture, for models that take any size; default: the model's own")
+        help="pixels of a picture, for models that take any size; default: what the RPN was "
+             "trained with, in plain mode the model's own")
     add("--max-new-tokens", type=at_least_1,
         help="longest answer; default: 128, or what the file of questions says")
     add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
@@ -248,6 +250,10 @@ def parser():
 def work(args):
     if bool(args.image) == bool(args.eval):
         raise BadInput("name a picture or --eval FILE; see python infer.py --help")
+    if args.image and (args.out or args.limit or args.images or args.fresh):
+        raise BadInput("--out, --limit, --images and --fresh belong to --eval FILE")
+    if args.image in ("-", "/dev/stdin") and not args.question:
+        raise BadInput("the picture comes from stdin, so name the question on the command line")
     if args.explain and (args.eval or args.mode == "plain"):
         raise BadInput("--explain works on one picture, without --eval and --mode plain")
     if args.save not in (None, "none"):

@@ -52,10 +52,14 @@ NEUTRAL = (None, 0, 1, [], {})
 
 
 def check_types(record):
-    """Raise TypeError if an int, float, str or bool field of a dataclass holds another type."""
+    """Raise TypeError if an int, float, str or bool field of a dataclass holds another type.
+
+    None is allowed where it is the default.
+    """
     for f in fields(record):
         value, wanted = getattr(record, f.name), (int, float) if f.type is float else f.type
-        if f.type in (int, float, str, bool) and not isinstance(value, (wanted, type(None))):
+        absent = value is None and f.default is None
+        if f.type in (int, float, str, bool) and not isinstance(value, wanted) and not absent:
             raise TypeError(f"{f.name} = {value!r} is not of type {f.type.__name__}")
 
 

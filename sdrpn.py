@@ -45,12 +45,14 @@ class Sink:
     def __post_init__(self):
         check_types(self)
         expect(vars(self), kind=["norm", "attention"])
+        if None in ((self.c,) if self.kind == "norm" else (self.attention, self.threshold)):
+            raise ValueError("sink: norm needs c; attention needs attention and threshold")
         self.attention = by_layer(self.attention or {})
 
 
 @dataclass
 class LabelRules:
-    """What assign_labels() is told beyond the map."""
+    """Options of assign_labels()."""
     tau_fg: float = 0.2
     tau_bg: float = 0.1
     grow: int = 0         # cells by which the foreground's box grows
@@ -109,7 +111,7 @@ class Recipe:
 
     def for_kind(self, kind):
         """The recipe for one kind of question; an unknown kind counts as the first of `kinds`."""
-        own = self.kinds.get(kind) or next(iter(self.kinds.values()), {})
+        own = self.kinds.get(kind, next(iter(self.kinds.values()), {}))
         return replace(self, kinds={}, **own)
 
 
@@ -169,7 +171,7 @@ def load_recipe(folder):
 
 @dataclass
 class Lesson:
-    """What the teacher says of b samples, and what the student goes on from."""
+    """What the teacher says of b samples, and the states that a student can go on from."""
     responses: list       # b answers as text
     raw: torch.Tensor     # (b, N) response-to-image attention, M_RoI
     clean: torch.Tensor   # (b, N) the same without sinks, M'_RoI
@@ -285,11 +287,11 @@ def roi_maps(cache, attention, columns, prompt, rows, softmax):
     rows: how many each sample has. -> (b, N) float32
     """
     raw = torch.zeros(len(rows), columns.stop - columns.start, device=cache.k[0].device)
-    for i, m in enumerate(rows):
+    for i, count in enumerate(rows):
         maps = []  # (heads, N) of each layer
-        for layer, heads in attention.items() if m else ():
-            q = torch.cat([step[i] for step in cache.queries[layer][:m]], 1)  # (H, m, d)
-            k = cache.k[layer][i, :, :prompt + m]  # (Hkv, prompt + m, d)
+        for layer, heads in attention.items() if count else ():
+            q = torch.cat([step[i] for step in cache.queries[layer][:count]], 1)  # (H, count, d)
+            k = cache.k[layer][i, :, :prompt + count]  # (Hkv, prompt + count, d)
             of_heads = response_attention(q, k, columns, prompt, softmax)
             maps.append(of_heads if heads is None else of_heads[heads])
         if maps:
@@ -587,6 +589,7 @@ def answer(m, rpn, picture, question, mode="mask", tau=None, max_new_tokens=128,
     answer about this picture. Nothing starts over: the prefix precedes the crop and the question in
     a causal decoder, so its keys, values and hidden states stay.
     """
+    expect({"mode": mode}, mode=["mask", "box", "plain"])
     B = rpn.frozen if rpn else 0
     if prefix is None or regions is None and mode != "plain" and B not in prefix.hidden:
         prefix = m.prefill(m.pixels(picture)[None], keep=[B])

@@ -30,7 +30,7 @@ import torch
 from clip import BadInput, load_image
 from data.checkpoints import NAMES, find_checkpoint, run_name
 from data.files import write_text
-from data.program import at_least_1, join_processes, log, run_program
+from data.program import at_least_1, between_0_and_1, join_processes, log, run_program
 from data.questions import read_questions
 from data.run import Run
 from model import DTYPES, ROOT, load, wider
@@ -277,7 +277,7 @@ def parser():
     add("--teacher-batch", type=at_least_1, default=8,
         help="most samples at a time, teacher and student; lower it when memory runs out; "
              "default: 8")
-    add("--lr", type=float, help="peak learning rate; lower it if the loss jumps")
+    add("--lr", type=between_0_and_1, help="peak learning rate; lower it if the loss jumps")
     add("--epochs", type=at_least_1,
         help="passes over the questions; labels are made in the first only")
     add("--frozen-layers", type=at_least_1, help="B: decoder layers below the RPN (Table 4a)")
@@ -309,7 +309,8 @@ def work(args):
     m.budget = recipe.budget or m.budget
     settings = asdict(recipe)
     settings |= settings.pop("train") | {
-        "held_out": None, "seed": args.seed, "max_new_tokens": args.max_new_tokens, "data": source,
+        "samples": None, "held_out": None, "seed": args.seed, "data": source,
+        "max_new_tokens": args.max_new_tokens,
         "images": args.images and str(args.images.resolve()), "questions": len(questions),
         "ckpt": str(folder.resolve()) if Path(args.ckpt).is_dir() else args.ckpt,
         "fingerprint": m.fingerprint, "dtype": str(m.dtype)}

@@ -87,11 +87,6 @@ def picture_in_cells(letterbox):
     return letterbox.to_grid(0, 0), letterbox.to_grid(0, 1), right, bottom
 
 
-def holds_picture(letterbox):
-    """(h, w) bool: the cells that are not padding."""
-    return np.asarray(letterbox.cells_of([(0, 0, *letterbox.picture_size)]))
-
-
 def resample(values, letterbox, size):
     """Resize the part of a map (h, w) over the picture to size (W, H) px; a picture of floats.
 
@@ -122,7 +117,7 @@ def draw_heat(thumb, values, letterbox, own_maximum=False):
     """
     top, text = 1.0, "0 to 1"
     if own_maximum:
-        top = values[holds_picture(letterbox)].max()
+        top = values[letterbox.holds_picture()].max()
         text = f"own maximum {top:.2g}"
     levels = resample(255 * values / max(top, 1e-12), letterbox, thumb.size)
     return blend(thumb, levels, HEAT), [(swatch(range(256), 40, HEAT), text)]
@@ -154,7 +149,7 @@ def mark_sinks(view, sinks, letterbox, removed):
 
     A mark that would stick out is moved inwards, so that it is whole on a narrow picture too.
     """
-    seen = sinks & holds_picture(letterbox)
+    seen = sinks & letterbox.holds_picture().numpy()
     low, high = np.reshape(picture_in_cells(letterbox), (2, 2))
     centres = (np.argwhere(seen)[:, ::-1] + 0.5 - low) / (high - low) * view.size  # (sinks, 2)
     for x, y in np.clip(centres, RADIUS + 2, np.array(view.size) - RADIUS - 3):
@@ -263,7 +258,7 @@ def crop_panels(title, picture, crops, width):
             draw_outline(view, mask, GREEN)
         key = [(None, f"{h} x {w} tokens, {keep.sum()} read")]
         panels.append(draw_panel(title, view, key, width))
-    reason = [(None, "no region above tau: the plain answer stands")]
+    reason = [(None, "no region to crop: the plain answer stands")]
     return panels or [draw_panel(title, None, reason, width)]
 
 
@@ -349,7 +344,7 @@ def explain_picture(steps):
     panels = map_panels(TITLES, thumb, maps, steps.sinks, width)
 
     h, w = letterbox.grid
-    tokens = f"{h} x {w} image tokens, {holds_picture(letterbox).sum()} on the picture"
+    tokens = f"{h} x {w} image tokens, {letterbox.holds_picture().sum()} on the picture"
     first = draw_panel("1  Picture", thumb, [size_of(steps.picture), (None, tokens)], width)
     rows = [("Teacher: its attention while it answers becomes labels.", [first, *panels[:3]]),
             ("Student: the RPN's map says where to look again.",

@@ -12,7 +12,7 @@ import json
 import os
 from pathlib import Path
 
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from clip import BadInput, printable, reading
 from data.files import write_text
@@ -117,7 +117,8 @@ def convert(records, make, out, root):
         except LeftOut as e:
             reason, what = e.args
             left_out.setdefault(reason, []).append(what)
-        except (AttributeError, LookupError, TypeError, ValueError, UnidentifiedImageError) as e:
+        except (AttributeError, LookupError, TypeError, ValueError, UnidentifiedImageError,
+                Image.DecompressionBombError) as e:
             problem = f"record {number}: {type(e).__name__}: {e}"
             left_out.setdefault("malformed", []).append(problem)
     said = f"left out: {describe(left_out) or 'nothing'}; pictures were looked for in {root}"

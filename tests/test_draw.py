@@ -121,7 +121,7 @@ def test_any_question_is_drawn(changes, words):
     one = steps(**changes)
     sheet = draw.explain_picture(one)
     assert sheet.width <= 1600 and sheet.height < 2500
-    assert ("no region above tau: the plain answer stands" in words) == (not one.crops)
+    assert ("no region to crop: the plain answer stands" in words) == (not one.crops)
     sheet = draw.answer_picture(one.picture, one.letterbox, one.rpn, one.crops, one.question, {"plain": "map"})
     assert sheet.width <= 1200 and same(sheet, RED, 6).sum() > 32 * 300  # never a hairline
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from clip import BadInput
 from data import draw, metrics
-from data.files import write_file
 from data.program import log
 from sdrpn import (Letterbox, Region, answer, explain_teacher, prefix_layers, regions_above,
                    smooth, teach)
@@ -79,7 +78,7 @@ def true_regions(boxes, letterbox):
 def report(m, rpn, recipe, questions, path, max_new_tokens=128):
     """Draw the contact sheet of Figures 2 and 6: picture, attention, without sinks, labels, RPN."""
     rows = []
-    for n in range(min(6, len(questions))):
+    for n in range(len(questions)):
         try:
             picture, q = questions[n]
             question, own = q["question"][0], recipe.for_kind(q.get("kind"))
@@ -89,10 +88,9 @@ def report(m, rpn, recipe, questions, path, max_new_tokens=128):
             continue
         maps = [(steps[name], steps["letterbox"]) for name in ("raw", "clean", "labels")]
         title = f"{question}  The teacher answers: {steps['response']}"
-        if (steps["labels"] < 0).all():
-            title += "  (no labels: its attention is too spread out)"
         rows.append({"picture": picture, "maps": [*maps, (heat, Letterbox.of(m, picture))],
                      "sinks": steps["sinks"], "title": title})
+        if len(rows) == 6:
+            break
     columns = ["picture", "attention", "without sinks", "labels", "RPN"]
-    sheet = draw.contact_sheet(rows, columns)
-    write_file(path, lambda partial: sheet.save(partial, "PNG"))
+    draw.save(draw.contact_sheet(rows, columns), path)
