@@ -1,10 +1,9 @@
-"""Files in: checkpoints in every spelling, what they say, exact ids of the tokeniser, pictures.
+"""Reading files: checkpoints in every spelling and what they say, exact ids of the tokeniser, pictures.
 
     LLAMA_TOKENIZER=tokenizer.model python -m pytest tests/test_checkpoint.py   # LLaMA's own; without it skipped
 """
 import json
 import os
-import re
 import threading
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import model
 import slow
-from clip import MEAN, STD, BadInput, CLIPVision, load_image, preprocess, preprocess_crop, printable
+from clip import BadInput, CLIPVision, load_image, preprocess, preprocess_crop, printable, to_tensor
 from formula import CONFIGS, SHORT, SPELLINGS, picture, prompt, tensors, write_checkpoint
 from model import LLaVA, load
 
@@ -40,11 +39,10 @@ def logits(llava):
 
 # ---- weights -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_every_spelling_is_one_model(whole, tmp_path, spelling, shards):
-    """"4.52" carries inv_freq and position_ids, which count for nothing."""
-    llava = load(write_checkpoint(tmp_path, CONFIGS["plain"], spelling, shards), "cpu")
+def test_every_spelling_is_one_model(whole, tmp_path, spelling):
+    """In three shards. "4.52" also has inv_freq and position_ids, which are skipped."""
+    llava = load(write_checkpoint(tmp_path, CONFIGS["plain"], spelling, shards=3), "cpu")
     assert torch.equal(logits(llava), whole)
 
 
@@ -79,14 +77,13 @@ def test_one_file_wins_over_an_older_index(whole, folder):
 
 
 @pytest.mark.parametrize("written, asked, got", [
-    ("float16", None, "float32"), ("float32", "float64", "float64"), ("float32", "bfloat16", "bfloat16"),
-    ("float16", torch.float16, "float16")])
+    ("float16", None, "float32"), ("float32", "float64", "float64"), ("float16", torch.float16, "float16")])
 def test_dtypes(tmp_path, written, asked, got):
     folder = write_checkpoint(tmp_path, CONFIGS["shared"], dtype=getattr(torch, written))
     llava, got = load(folder, "cpu", asked), getattr(torch, got)
-    assert {p.dtype for p in llava.parameters()} == {got} and not any(p.requires_grad for p in llava.parameters())
+    assert {p.dtype for p in llava.parameters()} == {got} == {logits(llava).dtype}
     stored = tensors(CONFIGS["shared"])["multi_modal_projector.linear_1.weight"].to(getattr(torch, written))
-    assert torch.equal(llava.multi_modal_projector.linear_1.weight, stored.to(got)) and logits(llava).dtype == got
+    assert torch.equal(llava.multi_modal_projector.linear_1.weight, stored.to(got))
 
 
 NORM = "language_model.model.norm.weight"
@@ -94,8 +91,6 @@ NORM = "language_model.model.norm.weight"
 
 @pytest.mark.parametrize("change, dtype, message", [
     (lambda t: t.pop(NORM), None, "Missing key.*language_model.norm.weight.*not of one model"),
-    (lambda t: t.update(extra=torch.ones(1)), None, "Unexpected key.*extra"),
-    (lambda t: t.update({NORM: torch.ones(61)}), None, "size mismatch for language_model.norm.weight"),
     (lambda t: t[NORM].fill_(float("nan")), None, f"{NORM} holds integers, NaN or infinite values"),
     (lambda t: t.update({NORM: torch.ones(60, dtype=torch.int8)}), None, f"{NORM} holds integers"),
     (lambda t: t.update({"model.language_model.norm.weight": torch.ones(60)}), None, "is stored twice"),
@@ -122,29 +117,31 @@ def say(folder, file, **entries):
     path.write_text(json.dumps(found))
 
 
-@pytest.mark.parametrize("file, entry, value", [
-    ("config.json", "model_type", "llava_next"), ("config.json", "quantization_config", "awq"),
-    ("config.json", "projector_hidden_act", "relu"), ("config.json", "multimodal_projector_bias", False),
-    ("config.json", "vision_feature_select_strategy", "full"), ("config.json", "vision_feature_layer", [-2, -5]),
-    ("config.json", "text_config__model_type", "mistral"), ("config.json", "text_config__hidden_act", "gelu"),
-    ("config.json", "text_config__attention_bias", True), ("config.json", "text_config__mlp_bias", True),
-    ("config.json", "text_config__rope_scaling", {"rope_type": "linear"}),
-    ("config.json", "text_config__vocab_size", "60"),
-    ("config.json", "text_config__rope_parameters", {"partial_rotary_factor": .5}),
-    ("config.json", "vision_config__hidden_act", "relu"), ("config.json", "vision_config__model_type", "siglip"),
-    ("preprocessor_config.json", "image_mean", [.5, .5, .5]), ("preprocessor_config.json", "do_normalize", False),
-    ("preprocessor_config.json", "resample", 2), ("preprocessor_config.json", "rescale_factor", 1.),
-    ("preprocessor_config.json", "size", 48),
-    ("processor_config.json", "image_processor", {"image_std": [.5, .5, .5]}),
-    ("added_tokens.json", "[LOC]", 405),
-    ("tokenizer_config.json", "added_tokens_decoder", {"405": {"content": "[LOC]"}})])
+REFUSED = {
+    "config.json": dict(
+        model_type="llava_next", quantization_config="awq", projector_hidden_act="relu",
+        multimodal_projector_bias=False, vision_feature_select_strategy="full", vision_feature_layer=[-2, -5],
+        text_config__model_type="mistral", text_config__hidden_act="gelu", text_config__attention_bias=True,
+        text_config__mlp_bias=True, text_config__rope_scaling={"rope_type": "linear"},
+        text_config__rope_parameters={"partial_rotary_factor": .5}, text_config__vocab_size="60",
+        vision_config__hidden_act="relu", vision_config__model_type="siglip"),
+    "preprocessor_config.json": dict(
+        image_mean=[.5, .5, .5], do_normalize=False, resample=2, rescale_factor=1., size=48),
+    "processor_config.json": dict(image_processor={"image_std": [.5, .5, .5]}),
+    "added_tokens.json": {"[LOC]": 405},
+    "tokenizer_config.json": dict(added_tokens_decoder={"405": {"content": "[LOC]"}}),
+}
+
+
+@pytest.mark.parametrize("file, entry, value", [(file, *item) for file in REFUSED for item in REFUSED[file].items()])
 def test_what_is_not_done_is_refused_by_its_name(folder, file, entry, value):
     say(folder, file, **{entry: value})
-    while isinstance(value, dict):  # the innermost entry is named
+    while isinstance(value, dict):  # the innermost entry is named, of an added token its text
         (entry, value), *_ = value.items()
-    with pytest.raises(BadInput, match="|".join([re.escape(entry.split("__")[-1]), r"\[LOC\]"])) as caught:
+    with pytest.raises(BadInput) as caught:
         load(folder, "cpu")
-    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    said = str(caught.value)
+    assert said.startswith(str(folder)) and (entry.split("__")[-1] in said or "[LOC]" in said) and "\n" not in said
 
 
 def test_what_says_the_usual_in_other_words_loads(whole, folder):
@@ -179,14 +176,11 @@ def test_what_changes_answers_elsewhere_is_said_once(folder, capsys):
 # ---- sizes of the published models -------------------------------------------------------------------------------
 
 HUB_7B = dict(
-    architectures=["LlavaForConditionalGeneration"], model_type="llava", ignore_index=-100, image_token_index=32000,
-    pad_token_id=32001, projector_hidden_act="gelu", vision_feature_layer=-2, vision_feature_select_strategy="default",
-    tie_word_embeddings=False, torch_dtype="float16", vocab_size=32064,
-    text_config=dict(architectures=["LlamaForCausalLM"], max_position_embeddings=4096, model_type="llama",
-                     rms_norm_eps=1e-5, torch_dtype="float16", vocab_size=32064),
+    model_type="llava", image_token_index=32000, projector_hidden_act="gelu", vision_feature_layer=-2,
+    vision_feature_select_strategy="default", tie_word_embeddings=False, vocab_size=32064,
+    text_config=dict(max_position_embeddings=4096, model_type="llama", rms_norm_eps=1e-5, vocab_size=32064),
     vision_config=dict(hidden_size=1024, image_size=336, intermediate_size=4096, model_type="clip_vision_model",
-                       num_attention_heads=16, num_hidden_layers=24, patch_size=14, projection_dim=768,
-                       vocab_size=32000))
+                       num_attention_heads=16, num_hidden_layers=24, patch_size=14))
 SIZES_13B = dict(hidden_size=5120, intermediate_size=13824, num_attention_heads=40, num_hidden_layers=40,
                  num_key_value_heads=40)
 
@@ -201,8 +195,7 @@ def test_sizes_that_config_json_leaves_out(text, layers, width, heads, total, na
     assert {k: getattr(config, k) for k in want} == want
     with torch.device("meta"):
         llava = LLaVA(config)
-    unused = 4 * (1024 ** 2 + 1024) + 2 * 4096 * 1024 + 4096 + 1024 + 2 * 2048  # the tower's last layer
-    unused += 2048  # post_layernorm
+    unused = 12 * 1024 ** 2 + 15 * 1024  # the tower's last layer and post_layernorm
     assert sum(p.numel() for p in llava.parameters()) + unused == total
     assert len(list(llava.parameters())) + 18 == names and llava.grid == (24, 24)
     layer = llava.vision_tower.encoder.layers[0]
@@ -218,7 +211,7 @@ def test_the_librarys_other_defaults():
     assert (config.vision["image_size"], config.image_token, config.rope_theta) == (224, 7, 500)
 
 
-@pytest.mark.parametrize("feature, used", [(-2, 3), (-1, 4), (1, 1), (4, 4)])
+@pytest.mark.parametrize("feature, used", [(-2, 3), (-1, 4), (1, 1)])
 def test_the_feature_layer_counts_as_in_the_library(feature, used):
     """0 is what enters the first layer, n what leaves the n-th; negative from the end."""
     config = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=4, num_attention_heads=2, image_size=28,
@@ -282,40 +275,13 @@ def test_an_end_typed_by_a_user_is_text(llama):
 
 # ---- pictures ----------------------------------------------------------------------------------------------------
 
-def colours(pixels):
-    """(3, h, w) normalised -> (h, w, 3) bytes, and how far from whole bytes they were."""
-    mean, std = torch.tensor(MEAN).double().view(3, 1, 1), torch.tensor(STD).double().view(3, 1, 1)
-    values = (pixels.double() * std + mean) * 255
-    assert (values - values.round()).abs().max() < 1e-3
-    return values.round().permute(1, 2, 0).numpy().astype(np.uint8)
-
-
-@pytest.mark.parametrize("w, h", [(5, 8), (8, 5), (7, 8), (8, 7), (3, 8), (8, 8), (8, 1)])
-def test_padding_to_a_square(w, h):
-    """An odd difference puts the extra line at the right or at the bottom; 8 pixels to 8: no resampling."""
-    shot = Image.fromarray(np.random.default_rng(w * h).integers(0, 256, (h, w, 3), dtype=np.uint8))
+@pytest.mark.parametrize("w, h, left, top", [(5, 8, 1, 0), (8, 3, 0, 2)])
+def test_padding_to_a_square(w, h, left, top):
+    """An odd difference puts the extra line at the right or at the bottom. 8 pixels to 8: no resampling."""
+    shot = picture(w, h, 1)
     want = np.full((8, 8, 3), (122, 116, 104), dtype=np.uint8)
-    left, top = (8 - w) // 2, (8 - h) // 2
     want[top:top + h, left:left + w] = np.asarray(shot)
-    pixels = preprocess(shot, 8)
-    assert pixels.shape == (3, 8, 8) and pixels.dtype == torch.float32 and (colours(pixels) == want).all()
-
-
-def test_values_of_the_padding():
-    pixels = preprocess(Image.new("RGB", (4, 8)), 8)
-    assert pixels[:, 0, 0].tolist() == pytest.approx([-.01125, -.0112, -.00133], abs=1e-5)
-    assert torch.equal(pixels[:, :, :2], pixels[:, :, 6:])
-    assert pixels[0, 0, 2].item() == pytest.approx(-.48145466 / .26862954)
-
-
-def test_shrinking_is_bicubic_with_antialias():
-    """A checkerboard of pixels becomes grey; and one white line leaves PIL's a = -0.5 lobes, which clip at black."""
-    board = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
-    assert np.abs(colours(preprocess(board, 16)).astype(int) - 128).max() <= 16
-    line = np.full((32, 32), 100, dtype=np.uint8)
-    line[:, 16:18] = 255
-    row = colours(preprocess(Image.fromarray(line).convert("RGB"), 16))[8, :, 0].astype(int)
-    assert row[8] > 200 and row[7] == row[9] > 100 and row[6] == row[10] < 100 and (row[:6] == 100).all()
+    assert torch.equal(preprocess(shot, 8), to_tensor(want))
 
 
 def test_a_crop_is_stretched_bilinearly():
@@ -323,29 +289,23 @@ def test_a_crop_is_stretched_bilinearly():
     shot = Image.new("RGB", (6, 5), (255, 0, 0))
     shot.putpixel((2, 3), (0, 0, 0))
     shot.putpixel((3, 3), (200, 200, 200))
-    pixels = colours(preprocess_crop(shot, (2, 3, 4, 4), 4))
-    assert (pixels == np.array([0, 50, 150, 200])[None, :, None]).all()
-    red = preprocess(Image.new("RGB", (1, 1), (255, 0, 0)), 1)[:, 0, 0]
-    assert torch.equal(preprocess_crop(shot, (0, 0, 6, 5), 8)[:, 0, 0], red)
+    want = np.zeros((4, 4, 3)) + np.array([0, 50, 150, 200])[:, None]
+    assert torch.equal(preprocess_crop(shot, (2, 3, 4, 4), 4), to_tensor(want))
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-@pytest.mark.parametrize("orientation, turned, corner", [
-    (1, False, (0, 0)), (2, False, (0, 1)), (3, False, (1, 1)), (4, False, (1, 0)),
-    (5, True, (0, 0)), (6, True, (0, 1)), (7, True, (1, 1)), (8, True, (1, 0))])
-def test_exif_orientation_is_applied(tmp_path, orientation, turned, corner, kind):
-    """The tag says at which corner of the true picture the stored first pixel lies: (bottom?, right?)."""
+@pytest.mark.parametrize("orientation, corner", [
+    (1, (0, 0)), (2, (0, -1)), (3, (-1, -1)), (4, (-1, 0)), (5, (0, 0)), (6, (0, -1)), (7, (-1, -1)), (8, (-1, 0))])
+def test_exif_orientation_is_applied(tmp_path, orientation, corner):
+    """The tag says at which corner of the true picture the stored first pixel lies; from 5 on it lies on its side."""
     stored = Image.new("RGB", (64, 32), "blue")
     stored.paste("red", (0, 0, 16, 16))
     exif = stored.getexif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / "photo", kind, exif=exif)
-    shot = load_image(tmp_path / "photo")
-    assert shot.size == ((32, 64) if turned else (64, 32)) and shot.mode == "RGB"
-    for bottom in (0, 1):
-        for right in (0, 1):
-            red, _, blue = shot.getpixel((right * (shot.width - 9) + 4, bottom * (shot.height - 9) + 4))
-            assert (red > 200 and blue < 50) if (bottom, right) == corner else (red < 50 and blue > 200)
+    for kind in "JPEG", "PNG":
+        stored.save(tmp_path / "photo", kind, exif=exif)
+        shot = np.asarray(load_image(tmp_path / "photo"))
+        assert shot.shape == ((32, 64, 3) if orientation < 5 else (64, 32, 3))
+        assert shot[corner][0] > 200 and (shot[..., 0] > 128).sum() == 256
 
 
 def test_damaged_exif_is_no_orientation(tmp_path):
@@ -371,13 +331,6 @@ def test_depths(tmp_path):
             saved(tmp_path / "wide.tif", wide, "TIFF")
 
 
-def test_transparency_is_white(tmp_path):
-    shot = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
-    shot.putpixel((1, 0), (9, 9, 9, 0))
-    shot.save(tmp_path / "a.png")
-    assert [load_image(tmp_path / "a.png").getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
-
-
 def test_long_metadata_and_pipes(tmp_path):
     info = PngImagePlugin.PngInfo()
     info.add_text("note", "x" * (3 << 20), zip=True)
@@ -393,14 +346,11 @@ def test_long_metadata_and_pipes(tmp_path):
 
 def test_pictures_that_can_not_be_read(tmp_path):
     picture(40, 30, 1).save(tmp_path / "good.png")
-    data = (tmp_path / "good.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(data[:len(data) // 2])
-    (tmp_path / "text.jpg").write_bytes(b"no picture")
-    Image.new("L", (11_001, 1)).save(tmp_path / "long.png")
-    for name in "cut.png", "text.jpg", "long.png", "absent.png", ".":
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:300])
+    for name in "cut.png", "absent.png":
         with pytest.raises(BadInput, match="use an intact JPEG, PNG") as caught:
             load_image(tmp_path / name)
-        assert str(caught.value).startswith(str(tmp_path / name)) and "\n" not in str(caught.value)
+        assert str(caught.value).startswith(str(tmp_path / name))
 
 
 def test_printed_text_keeps_its_letters():

@@ -1,14 +1,14 @@
-"""Tiny LLaVAs whose weights and pictures are integer formulas of name and index: golden files hold only what comes out.
+"""Tiny LLaVAs whose weights and pictures are integer formulas of name and index: golden files hold only outputs.
 
-Nothing here depends on a random number generator: the same numbers come out with every version of numpy and torch.
+No random number generator is used: every version of numpy and torch gives the same numbers.
 
-    weight(name, shape)                    one float32 tensor; `name` is the tensor's name as stored on the hub
-    tensors(config)                        every tensor of a model, by that name
-    rpn_tensors(config, layers)            an RPN that is not a copy of the backbone, in the released names
-    write_checkpoint(folder, config, ...)  a checkpoint folder, in any of the spellings of tensor names in circulation
+    weight(name, shape)                    one float32 tensor; `name` is its name on the hub
+    tensors(config)                        all tensors of a model, by that name
+    rpn_tensors(config, layers)            an RPN with weights of its own, by the released names
+    write_checkpoint(folder, config, ...)  a checkpoint folder, in any spelling of the names that is in circulation
     picture(width, height, seed)           a PIL image
 
-Not handled: the original (non-Hugging-Face) LLaVA layout.
+Left out: the original (non-Hugging-Face) LLaVA layout.
 """
 import functools
 import json
@@ -37,15 +37,12 @@ def prompt(question, history=()):
     return f"{SYSTEM} USER: <image>\n" + "USER: ".join(turns)
 
 
-# ---- models: heads that divide into nothing pretty; keys left out take the reference's defaults
+# ---- models: sizes that divide into nothing pretty; keys left out take the reference's defaults
 
 def _config(text, vision, image_token):
-    return dict(architectures=["LlavaForConditionalGeneration"], model_type="llava", ignore_index=-100,
-                image_token_index=image_token, pad_token_id=image_token + 1, projector_hidden_act="gelu",
-                vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=False,
-                torch_dtype="float32", vocab_size=text["vocab_size"],
+    return dict(model_type="llava", image_token_index=image_token, tie_word_embeddings=False,
                 text_config=dict(model_type="llama", max_position_embeddings=512, **text),
-                vision_config=dict(model_type="clip_vision_model", projection_dim=32, vocab_size=PIECES, **vision))
+                vision_config=dict(model_type="clip_vision_model", **vision))
 
 
 CONFIGS = {
@@ -122,33 +119,24 @@ def _block(prefix, text):
 
 def shapes(config):
     text, vision = config["text_config"], config["vision_config"]
-    h, v = text["hidden_size"], text["vocab_size"]
+    h, v, tower = text["hidden_size"], text["vocab_size"], "vision_tower.vision_model."
     c, m, p = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
     out = {"language_model.model.embed_tokens.weight": (v, h), "language_model.model.norm.weight": (h,),
-           "language_model.lm_head.weight": (v, h)}
+           "language_model.lm_head.weight": (v, h), tower + "embeddings.class_embedding": (c,),
+           tower + "embeddings.patch_embedding.weight": (c, 3, p, p),
+           tower + "embeddings.position_embedding.weight": ((vision["image_size"] // p) ** 2 + 1, c)}
+    both = {"multi_modal_projector.linear_1": (h, c), "multi_modal_projector.linear_2": (h, h),  # with biases
+            tower + "pre_layrnorm": (c,), tower + "post_layernorm": (c,)}
     for n in range(text["num_hidden_layers"]):
         out |= _block(f"language_model.model.layers.{n}", text)
-
-    def linear(name, *shape):
-        out[name + ".weight"], out[name + ".bias"] = shape, shape[:1]
-
-    linear("multi_modal_projector.linear_1", h, c)
-    linear("multi_modal_projector.linear_2", h, h)
-    tower = "vision_tower.vision_model."
-    out[tower + "embeddings.class_embedding"] = (c,)
-    out[tower + "embeddings.patch_embedding.weight"] = (c, 3, p, p)
-    out[tower + "embeddings.position_embedding.weight"] = ((vision["image_size"] // p) ** 2 + 1, c)
-    linear(tower + "pre_layrnorm", c)
-    linear(tower + "post_layernorm", c)
     for n in range(vision["num_hidden_layers"]):
         layer = f"{tower}encoder.layers.{n}."
-        for name in "layer_norm1", "layer_norm2":
-            linear(layer + name, c)
-        for name in "qkv":
-            linear(f"{layer}self_attn.{name}_proj", c, c)
-        linear(layer + "self_attn.out_proj", c, c)
-        linear(layer + "mlp.fc1", m, c)
-        linear(layer + "mlp.fc2", c, m)
+        for name in "q_proj", "k_proj", "v_proj", "out_proj":
+            both[f"{layer}self_attn.{name}"] = (c, c)
+        both |= {layer + "layer_norm1": (c,), layer + "layer_norm2": (c,), layer + "mlp.fc1": (m, c),
+                 layer + "mlp.fc2": (c, m)}
+    for name, shape in both.items():
+        out[name + ".weight"], out[name + ".bias"] = shape, shape[:1]
     return out
 
 
@@ -169,10 +157,9 @@ def picture(width, height, seed):
     y, x = np.mgrid[:height, :width]
     grain = ((_uniform(f"picture {seed}", height * width * 3) + 1) * 20).astype(np.int64).reshape(height, width, 3)
     waves = np.stack([x * (2 + seed), y * (5 - seed % 3) + x, (x * y) // 23 + 40 * seed], axis=-1) % 200
-    frame = (x < 3) | (y < 3) | (x > width - 3)
-    block = (x > width // 2) & (y > height // 3) & (y < height // 2)
-    out = np.where(frame[..., None], 10, np.where(block[..., None], [210, 40, 190], waves)) + grain
-    return Image.fromarray(out.clip(0, 255).astype(np.uint8))
+    waves[(x > width // 2) & (y > height // 3) & (y < height // 2)] = 210, 40, 190
+    waves[(x < 3) | (y < 3) | (x > width - 3)] = 10
+    return Image.fromarray((waves + grain).clip(0, 255).astype(np.uint8))
 
 
 # ---- checkpoints
@@ -196,53 +183,41 @@ def respell(name, spelling):
 
 
 def _modern(config):
-    """The same configuration as 5.x writes it: dtype, rope_parameters, everything about heads spelled out."""
+    """The same configuration as 5.x writes it."""
     text = dict(config["text_config"])
     text["rope_parameters"] = {"rope_theta": text.pop("rope_theta", 10000.0), "rope_type": "default"}
     text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
-    text.setdefault("num_key_value_heads", text["num_attention_heads"])
-    config = dict(config, text_config=text, dtype=config["torch_dtype"], image_seq_length=576,
-                  multimodal_projector_bias=True)
-    del config["torch_dtype"], config["vocab_size"]
-    return config
+    return dict(config, text_config=text, multimodal_projector_bias=True)
 
 
-def write_checkpoint(folder, config, spelling="hub", shards=1, sentencepiece_model=None, dtype=torch.float32):
-    """Writes config.json, preprocessor_config.json, tokenizer.model and the weights, in one file or in shards.
+def write_checkpoint(folder, config, spelling="hub", shards=1, dtype=torch.float32):
+    """Write config.json, preprocessor_config.json, tokenizer.model and the weights, in one file or in shards.
 
     "4.52" also carries buffers that a loader ignores; "5" and "5-saved" come with the newer config.json.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    vision = config["vision_config"]
-    size, grid = vision["image_size"], vision["image_size"] // vision["patch_size"]
-    found = {respell(name, spelling): t.to(dtype) for name, t in tensors(config).items()}
+    size = config["vision_config"]["image_size"]
+    found = {respell(name, spelling): tensor.to(dtype) for name, tensor in tensors(config).items()}
     if spelling == "4.52":
-        half = config["text_config"]["hidden_size"] // config["text_config"]["num_attention_heads"] // 2
-        found["model.language_model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(half)
-        found["model.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(grid * grid + 1)[None]
-    config = dict(config, torch_dtype=str(dtype).removeprefix("torch."))
-
-    def dump(name, value):
-        (folder / name).write_text(json.dumps(value, indent=2) + "\n")
+        found["model.language_model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(6)
+        found["model.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(10)[None]
     if spelling.startswith("5"):
         config = _modern(config)
     if spelling == "5":  # seen elsewhere; 5.x itself keeps image_token_index
         config["image_token_id"] = config.pop("image_token_index")
-    dump("config.json", config)
-    dump("preprocessor_config.json", dict(
-        image_processor_type="CLIPImageProcessor", do_convert_rgb=True, do_resize=True, size={"shortest_edge": size},
-        resample=3, do_center_crop=True, crop_size={"height": size, "width": size}, do_rescale=True,
-        rescale_factor=1 / 255, do_normalize=True, image_mean=[0.48145466, 0.4578275, 0.40821073],
-        image_std=[0.26862954, 0.26130258, 0.27577711]))
-    shutil.copy(sentencepiece_model or HERE / "tokenizer.model", folder / "tokenizer.model")
+    pixels = dict(do_resize=True, size={"shortest_edge": size}, resample=3, do_rescale=True, rescale_factor=1 / 255,
+                  do_normalize=True, image_mean=[0.48145466, 0.4578275, 0.40821073],
+                  image_std=[0.26862954, 0.26130258, 0.27577711])
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    shutil.copy(HERE / "tokenizer.model", folder)
     if shards == 1:
         save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
     where = {name: f"model-{n % shards + 1:05d}-of-{shards:05d}.safetensors" for n, name in enumerate(found)}
-    for file in sorted(set(where.values())):
-        part = {name: t for name, t in found.items() if where[name] == file}
+    for file in set(where.values()):
+        part = {name: tensor for name, tensor in found.items() if where[name] == file}
         save_file(part, folder / file, metadata={"format": "pt"})
-    total = sum(t.numel() * t.element_size() for t in found.values())
-    dump("model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     return folder
