@@ -74,13 +74,13 @@ def question_file(folder, count):
 
 
 def make(folder):
-    """ckpt, data (24 questions), image, and two runs: `whole`, undisturbed, of 6 steps, and `half`, stopped after 2."""
-    made = SimpleNamespace(ckpt=tiny(folder / "llava-tiny"), data=question_file(folder / "set", 24),
+    """ckpt, data (16 questions), image, and two runs: `whole`, undisturbed, of 4 steps, and `half`, stopped after 1."""
+    made = SimpleNamespace(ckpt=tiny(folder / "llava-tiny"), data=question_file(folder / "set", 16),
                            image=folder / "set/pictures/0.png", whole=folder / "whole", half=folder / "half")
     with pytest.MonkeyPatch.context() as patch:
         move(patch, folder)
         assert call(train, *argv(made, made.whole))[0] == 0
-        patch.setattr(Run, "any_stops", lambda run: run.step == 2)
+        patch.setattr(Run, "any_stops", lambda run: run.step == 1)
         assert call(train, *argv(made, made.half))[0] == 130
     return made
 
