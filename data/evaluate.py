@@ -16,14 +16,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from clip import BadInput, load_image
 from data import metrics
 from data.files import write_text
-from data.program import log
+from data.program import gather, log, processes
 from data.questions import read_questions
-from data.run import read_ahead
+from data.run import attempt, read_ahead
 from model import ROOT, note
 from sdrpn import answer
 
@@ -39,45 +38,37 @@ def evaluate(m, rpn, recipe, path, images=None, mode="mask", tau=None, limit=Non
     questions, root = read_questions(path, images)
     questions = questions[:limit]
     for q in questions:
+        image = root / q["image"]
         q["max_new_tokens"] = max_new_tokens or q.get("max_new_tokens", 128)
-        q["key"] = key_of(q, root / q["image"])
-        if mode != "plain":
+        q["key"] = digest([q | {"line": None}, image.exists() and image.stat().st_mtime_ns])
+        if rpn:
             q["tau"] = tau or q.get("tau") or recipe.taus.get(q.get("benchmark"), rpn.tau)
     settings = {"questions": Path(path).stem, "folder": m.folder.name, "mode": "plain",
                 "model": m.fingerprint, "dtype": str(m.dtype), "budget": m.budget}
     kept = {"plain": Answers(settings, fresh)}
-    if mode != "plain":
-        weights = [p.double().sum().item() for p in rpn.parameters()]
-        taus = tau or recipe.taus | {"default": rpn.tau}
-        settings |= {"mode": mode, "rpn": digest(weights), "tau": taus}
+    if rpn:
+        settings |= {"mode": mode, "rpn": sum(p.double().sum().item() for p in rpn.parameters()),
+                     "tau": tau or recipe.taus | {"default": rpn.tau}}
         kept["two_stage"] = Answers(settings, fresh)
 
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = slice(len(questions) * rank // world, len(questions) * (rank + 1) // world)
-    ask_all(m, rpn, questions[share], root, kept, max_bad)
-    if world > 1:
-        dist.barrier()
-        for answers in kept.values():
-            answers.read()  # those of the other processes
+    rank, world = processes()
+    share = math.ceil(len(questions) / world)
+    ask_all(m, rpn, questions[rank * share:][:share], root, kept, max_bad)
+    gather(None)
     if rank > 0:
         return None
-
     rows = []
+    for answers in kept.values():
+        answers.read()  # those of the other processes
     for q in questions:
-        if all(q["key"] in answers for answers in kept.values()):
-            row = {name: answers[q["key"]] for name, answers in kept.items()}
-            rows.append({"kind": "all"} | q | row)
-            for name in kept:
-                rows[-1][name]["score"] = metrics.score(q, rows[-1][name]["answer"])
+        found = {name: answers.get(q["key"]) for name, answers in kept.items()}
+        if all(found.values()):
+            for row in found.values():
+                row["score"] = metrics.score(q, row["answer"])
+            rows.append({"kind": "all"} | q | found)
     if out:
-        write_text(Path(out), "".join(result_line(row, list(kept)) for row in rows))
+        write_text(Path(out), "".join(result_line(row, kept) for row in rows))
     return metrics.side_by_side(rows, rows, log, m.config) if rows else {"questions": 0}
-
-
-def key_of(q, picture):
-    """Names all that an answer depends on beside the settings: the question and its picture."""
-    stat = picture.stat() if picture.exists() else None
-    return digest([q | {"line": None}, stat and (stat.st_size, stat.st_mtime_ns)])
 
 
 def digest(facts):
@@ -87,11 +78,10 @@ def digest(facts):
 def result_line(row, modes):
     """One line of `out`."""
     line = {field: row.get(field) for field in ("image", "id", "question", "tau")}
-    line |= {"ms": {}, "scores": {}}
     for name in modes:
         line |= {name: row[name]["answer"], "boxes": row[name]["boxes"]}
-        line["ms"][name] = round(1000 * row[name]["seconds"], 1)
-        line["scores"][name] = row[name]["score"]
+    line["ms"] = {name: round(1000 * row[name]["seconds"], 1) for name in modes}
+    line["scores"] = {name: row[name]["score"] for name in modes}
     return json.dumps(line) + "\n"
 
 
@@ -102,18 +92,13 @@ class Answers(dict):
         self.mode = settings["mode"]
         name = f"{settings['questions']}-{settings['folder']}-{self.mode}-{digest(settings)}.jsonl"
         self.path = ROOT / "out" / "eval" / name
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if fresh and (not dist.is_initialized() or dist.get_rank() == 0):
-            self.path.unlink(missing_ok=True)
-        if dist.is_initialized():
-            dist.barrier()
-        with suppress(FileExistsError), open(self.path, "x", encoding="utf-8") as f:
-            f.write(json.dumps(settings))
+        if processes()[0] == 0 and (fresh or not self.path.exists()):
+            write_text(self.path, json.dumps(settings))
+        gather(None)
         self.read()
 
     def read(self):
-        text = self.path.read_text(encoding="utf-8", errors="replace")
-        for line in text.split("\n")[1:]:
+        for line in self.path.read_text().split("\n")[1:]:
             with suppress(ValueError, TypeError):  # a line that a crash cut off
                 self.update(json.loads(line))
 
@@ -126,54 +111,53 @@ class Answers(dict):
 def ask_all(m, rpn, questions, root, kept, max_bad):
     """Ask every question that lacks an answer. BadInput if too many can not be answered."""
     def load(q):
-        try:
-            return q, load_image(root / q["image"])
-        except BadInput as e:
-            return q, e
+        picture = load_image(root / q["image"])
+        return picture, m.pixels(picture)[None]
 
-    new = [q for q in questions if not all(q["key"] in answers for answers in kept.values())]
-    folder = kept["plain"].path.parent
-    log(f"{len(new)} of {len(questions)} questions are new; answers are kept in {folder}")
+    new = [q for q in questions if any(q["key"] not in answers for answers in kept.values())]
+    log(f"{len(new)} of {len(questions)} questions are new; "
+        f"answers are kept in {kept['plain'].path.parent}")
     began, bad, image = now(m), 0, None
-    for n, ((q, picture),) in enumerate(read_ahead(load, ([q] for q in new)), 1):
-        try:
-            if isinstance(picture, BadInput):
-                raise picture
+    loading = read_ahead(lambda q: attempt(load, q), ([q] for q in new))
+    for n, (q, (problem,)) in enumerate(zip(new, loading), 1):
+        if not isinstance(problem, BadInput):
+            picture, pixels = problem
             if q["image"] != image:
                 prefix, start = None, now(m)  # None gives the memory of the last one back
-                prefix = m.prefill(m.pixels(picture)[None], keep=[rpn.frozen] if rpn else [])
+                prefix = m.prefill(pixels, keep=[rpn.frozen] if rpn else [])
                 seconds, image = now(m) - start, q["image"]
-            for answers in kept.values():
-                if q["key"] not in answers:
-                    answers.add(q["key"], ask(m, rpn, picture, q, answers.mode, prefix, seconds))
-        except BadInput as e:
+            problem = attempt(ask, m, rpn, picture, q, kept, prefix, seconds)
+        if isinstance(problem, BadInput):
             bad += 1
-            note(f"line {q['line']} is skipped: {e}")
+            note(f"line {q['line']} is skipped: {problem}")
             if bad > max_bad / 100 * len(questions):
                 raise BadInput(f"{bad} of {len(questions)} questions can not be answered, more "
-                               f"than --max-bad {max_bad} %; line {q['line']}: {e}") from None
+                               f"than --max-bad {max_bad} %; line {q['line']}: {problem}")
         if n % max(1, len(new) // 50) == 0 or n == len(new):
             each = (now(m) - began) / n
             log(f"question {n}/{len(new)} | {each:.3f} s each, sharing prefixes | "
                 f"ETA {each * (len(new) - n):.0f} s")
 
 
-def ask(m, rpn, picture, q, mode, prefix, seconds):
-    """All turns of a question, each after the model's own answers -> what is kept of the last.
+def ask(m, rpn, picture, q, kept, prefix, seconds):
+    """Ask all turns of a question, each after the model's own answers, and keep the last answer.
 
     seconds: what the prefix took; it is added as if nothing else had used it.
     """
-    history, start = [], now(m)
-    for turn in q["question"]:
-        result = answer(m, rpn, picture, turn, mode, q.get("tau"), q["max_new_tokens"], history,
-                        prefix=prefix)
-        history.append((turn, result.text))
-    tokens = math.prod(prefix.grid) + sum(len(crop.tokens) for crop in result.crops)
-    row = {"answer": result.text, "boxes": result.boxes, "visual_tokens": tokens,
-           "seconds": seconds + now(m) - start}
-    if q.get("boxes") and mode != "plain":
-        row["covers"], row["iou"] = metrics.overlap(result.boxes, q["boxes"], picture.size)
-    return row
+    for answers in kept.values():
+        if q["key"] in answers:
+            continue
+        history, start = [], now(m)
+        for turn in q["question"]:
+            result = answer(m, rpn, picture, turn, answers.mode, q.get("tau"), q["max_new_tokens"],
+                            history, prefix=prefix)
+            history.append((turn, result.text))
+        row = {"answer": result.text, "boxes": result.boxes, "seconds": seconds + now(m) - start}
+        crops = sum(len(crop.tokens) for crop in result.crops)
+        row["visual_tokens"] = math.prod(prefix.grid) + crops
+        if q.get("boxes") and answers.mode != "plain":
+            row["covers"], row["iou"] = metrics.overlap(result.boxes, q["boxes"], picture.size)
+        answers.add(q["key"], row)
 
 
 def now(m):

@@ -18,15 +18,16 @@ from clip import reading
 def write_file(path, write):
     """Call write(partial) on a temporary name, flush it to disk, and rename it to `path`.
 
-    Raises BadInput if that fails; `path` then stays as it was.
+    Makes the folder. Raises BadInput if that fails; `path` then stays as it was.
     """
     partial = path.with_name(path.name[:60] + ".partial")
-    umask = os.umask(0)  # the only way to read it is to set it
-    os.umask(umask)
     with reading(path, "not written; check the folder and the free space"):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            partial.touch()
+            mode = partial.stat().st_mode
             write(partial)
-            partial.chmod(0o666 & ~umask)  # safetensors lets nobody but the owner read a file
+            partial.chmod(mode)  # safetensors lets nobody but the owner read a file
             with open(partial, "rb+") as f:
                 os.fsync(f.fileno())
             partial.replace(path)
@@ -45,10 +46,9 @@ def write_rows(path, rows):
 
 def save_state(path, modules, optimizer, facts):
     """Write the weights of {name: module}, the optimizer's moments and `facts` to one file."""
-    tensors = dict(nn.ModuleDict(modules).state_dict())
+    tensors = nn.ModuleDict(modules).state_dict()
     for i, moments in optimizer.state_dict()["state"].items():
-        for name, tensor in moments.items():
-            tensors[f"adam.{i}.{name}"] = tensor
+        tensors |= {f"adam.{i}.{name}": tensor for name, tensor in moments.items()}
     facts = {"run": json.dumps(facts)}
     write_file(path, lambda partial: save_file(tensors, partial, facts))
 
@@ -61,6 +61,6 @@ def load_state(path, modules, optimizer):
         for key in f.keys():
             if key.startswith("adam."):
                 _, i, name = key.split(".")
-                moments.setdefault(int(i), {})[name] = f.get_tensor(key).clone()
+                moments.setdefault(int(i), {})[name] = f.get_tensor(key)
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
         return json.loads(f.metadata()["run"])

@@ -1,13 +1,15 @@
-"""What all programs share: what they say on stderr, torchrun's processes, and how they end.
+"""What all programs share: their log, the processes of torchrun, and how they end.
 
-    log("step 3 of 60")                  # from one process of several
-    run_program(parser(), work)          # work(args); whatever is wrong is one line and exit code 2
+    log("step 3 of 60")                  # printed by one process of several
+    run_program(parser(), work)          # work(args); a fault is one line and exit code 2
 
 Left out: their flags, and what they do.
 """
 import argparse
 import os
+import re
 import sys
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -18,8 +20,21 @@ from clip import BadInput, printable
 
 def log(text):
     """Print a line to stderr, from one process of several."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if processes()[0] == 0:
         print(printable(text), file=sys.stderr, flush=True)
+
+
+def processes():
+    """-> the number of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value):
+    """-> the values that all processes give, once each of them has."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def join_processes(device):
@@ -35,9 +50,9 @@ def join_processes(device):
 
 
 def at_least_1(text):
-    """An argparse type."""
+    """An argparse type, which names itself when it refuses."""
     if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+        raise ValueError
     return int(text)
 
 
@@ -52,10 +67,8 @@ def first_to_fail():
     """Is this the process that says what is wrong? The others stop for the same reason."""
     if not dist.is_initialized():
         return os.environ.get("RANK", "0") == "0"
-    try:
+    with suppress(RuntimeError):  # the store is gone with the process that failed first
         return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except RuntimeError:  # the store went away with the process that failed first
-        return False
 
 
 def run_program(parser, work, argv=None, memory="close other programs", again="stopped"):
@@ -68,8 +81,6 @@ def run_program(parser, work, argv=None, memory="close other programs", again="s
             print(f"{parser.prog}:", BadInput(message), file=sys.stderr)
         sys.exit(code)
 
-    sys.stdin = sys.stdin or open(os.devnull)  # None if closed, as in `train.py 2>&-`
-    sys.stderr = sys.stderr or open(os.devnull, "w")
     parser.error = lambda message: fail(f"{message}; see --help")
     args = parser.parse_intermixed_args(argv)
     try:
@@ -79,12 +90,11 @@ def run_program(parser, work, argv=None, memory="close other programs", again="s
     except KeyboardInterrupt:
         fail(again, 130)
     except (MemoryError, RuntimeError) as e:
-        full = isinstance(e, (MemoryError, torch.OutOfMemoryError))
-        if full or "can't allocate memory" in str(e):  # the latter is how torch says it on a CPU
+        if re.search("MemoryError|allocate memory", repr(e)):  # on a GPU, on a CPU
             fail(f"out of memory; {memory}")
-        if not first_to_fail():  # a process that lost its partner
-            sys.exit(1)
-        raise
+        if first_to_fail():
+            raise
+        sys.exit(1)  # this process lost its partner
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

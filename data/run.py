@@ -26,6 +26,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -37,16 +38,10 @@ from safetensors.torch import save_file
 
 from clip import BadInput, reading
 from data.files import load_state, save_state, write_file, write_rows, write_text
-from data.program import log
+from data.program import gather, log, processes
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs in one folder are not noticed there
-    fcntl = None
-
-OURS = ("resume.safetensors", "rpn.safetensors", "log.jsonl", "skipped.jsonl", "report.png",
-        "labels/*-*of*.safetensors")
-SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
+LABELS = "labels/*-*of*.safetensors"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def read_ahead(load, steps, ahead=2, threads=4):
@@ -56,16 +51,27 @@ def read_ahead(load, steps, ahead=2, threads=4):
     >>> list(read_ahead(abs, [[-1, 2], [], [-3]]))
     [[1, 2], [], [3]]
     """
-    pool, waiting = ThreadPoolExecutor(threads), deque()
+    pool = ThreadPoolExecutor(threads)
+    loading = (pool.map(load, step) for step in steps)
+    waiting = deque(islice(loading, ahead + 1))
     try:
-        for step in steps:
-            waiting.append([pool.submit(load, item) for item in step])
-            if len(waiting) > ahead:
-                yield [future.result() for future in waiting.popleft()]
         while waiting:
-            yield [future.result() for future in waiting.popleft()]
+            yield list(waiting.popleft())
+            waiting.extend(islice(loading, 1))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def attempt(work, *args):
+    """-> what work(...) returns, or the BadInput that it raises.
+
+    >>> attempt(abs, -1)
+    1
+    """
+    try:
+        return work(*args)
+    except BadInput as e:
+        return e
 
 
 @dataclass
@@ -76,14 +82,12 @@ class Run:
     samples: int
     batch: int                  # samples a step, of all processes together
     epochs: int
-    fresh: bool = False         # delete what a run left in the folder
+    fresh: bool = False         # delete the run that the folder holds
     save_every: float = 300.0   # seconds
     max_bad: float = 1.0        # percent of the samples that may be skipped
 
     def __post_init__(self):
-        self.rank, self.world = 0, 1
-        if dist.is_initialized():
-            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world = processes()
         self.steps_per_epoch = math.ceil(self.samples / self.batch)
         self.total_steps = self.epochs * self.steps_per_epoch
         self.step, self.stop, self.lock = 0, False, None
@@ -112,35 +116,33 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock_folder()
         if self.fresh:
-            for pattern in OURS:
+            for pattern in (LABELS, "resume.safetensors", "rpn.safetensors"):
                 for path in self.out.glob(pattern):
                     path.unlink()
         write_text(config, json.dumps(new, indent=1) + "\n")
-        (self.out / "labels").mkdir(exist_ok=True)
 
     def lock_folder(self):
-        """The operating system lets go of the lock when this process ends, however it ends."""
-        if fcntl:
+        """Keep other runs out until close(), or until this process ends, however it ends."""
+        with suppress(ImportError):  # Windows: two runs in one folder are not noticed there
+            import fcntl
             self.lock = os.open(self.out, os.O_RDONLY)
             with reading(self.out, "another train.py is running there; name another --out"):
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self):
         """Let another run have the folder."""
-        if self.lock is not None:
+        if self.lock:
             os.close(self.lock)
 
     def read_labels(self):
-        """Read the labels on disk, which all processes have written."""
-        if self.world > 1:
-            dist.barrier()
-        for path in sorted(self.out.glob("labels/*-*of*.safetensors")):
+        """Read the labels on disk, once all processes have written theirs."""
+        gather(None)
+        for path in sorted(self.out.glob(LABELS)):
             with reading(path, "delete it; the same command makes its labels again"):
                 with safe_open(path, "pt") as f:
                     responses = json.loads(f.metadata()["responses"])
                     for number in f.keys():
-                        labels = f.get_tensor(number)
-                        self.labels[int(number)] = labels, responses[number]
+                        self.labels[int(number)] = f.get_tensor(number), responses[number]
 
     def write_labels(self, samples):
         """Write the labels of this step's samples."""
@@ -160,16 +162,15 @@ class Run:
         self.rpn, self.optimizer = rpn, optimizer
         path = self.out / "resume.safetensors"
         if path.is_file():
-            facts = load_state(path, {"rpn": rpn}, optimizer)
-            self.rows, self.skipped = facts["rows"], dict(facts["skipped"])
-            self.step = len(self.rows)
+            self.rows, skipped = load_state(path, {"rpn": rpn}, optimizer)
+            self.step, self.skipped = len(self.rows), dict(skipped)
             log(f"resuming at step {self.step} of {self.total_steps}; "
                 f"{len(self.labels)} samples have labels")
 
     def save(self):
         """The order of the samples needs no state: it follows from the seed."""
         if self.rank == 0:
-            facts = {"rows": self.rows, "skipped": list(self.skipped.items())}
+            facts = self.rows, list(self.skipped.items())
             save_state(self.out / "resume.safetensors", {"rpn": self.rpn}, self.optimizer, facts)
 
     # ---- the loop
@@ -180,26 +181,22 @@ class Run:
         load(number) -> a sample, in a background thread. Where it raises BadInput, the sample is
         skipped when its step comes.
         """
-        def load_or_say_why(number):
-            try:
-                return number, load(number)
-            except BadInput as e:
-                return number, e
-
-        before = {}
-        for each in SIGNALS:
-            if signal.getsignal(each) != signal.SIG_IGN:  # as nohup asks for
-                before[each] = signal.signal(each, self.ask_to_stop)
+        before = [signal.signal(each, self.ask_to_stop) for each in SIGNALS]
         self.first, self.began = self.step, time.monotonic()
         saved = self.began
         try:
-            for loaded in read_ahead(load_or_say_why, islice(self.shares(), self.step, None)):
-                if self.world > 1 and self.step % self.steps_per_epoch == 0:
+            shares = list(self.shares())[self.step:]
+            ahead = read_ahead(lambda number: attempt(load, number), shares)
+            for numbers, loaded in zip(shares, ahead):
+                if self.step % self.steps_per_epoch == 0:
                     self.read_labels()
-                for number, sample in loaded:
+                samples = []
+                for number, sample in zip(numbers, loaded):
                     if isinstance(sample, BadInput):
                         self.skipped[number] = str(sample)
-                yield self.step, [each for number, each in loaded if number not in self.skipped]
+                    if number not in self.skipped:
+                        samples.append(sample)
+                yield self.step, samples
                 stop = self.any_stops()
                 if stop or time.monotonic() - saved > self.save_every:
                     self.save()
@@ -209,9 +206,8 @@ class Run:
                         "to resume")
                     sys.exit(130)
         finally:
-            for each, handler in before.items():
+            for each, handler in zip(SIGNALS, before):
                 signal.signal(each, handler)
-
     def shares(self):
         """This process's samples of every step; their order follows from seed and epoch alone."""
         for epoch in range(self.epochs):
@@ -227,23 +223,17 @@ class Run:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def any_stops(self):
-        stops = torch.tensor(float(self.stop))
-        if self.world > 1:
-            dist.all_reduce(stops)
-        return bool(stops)
+        return any(gather(self.stop))
 
     def add_up(self, counts, parameters):
         """Sum a step's counts and gradients over the processes -> the counts, as a list."""
+        for skipped in gather(self.skipped):
+            self.skipped |= skipped
         if self.world > 1:
-            dist.all_reduce(counts)
             for p in parameters:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 dist.all_reduce(p.grad)
-            everyone = [None] * self.world
-            dist.all_gather_object(everyone, self.skipped)
-            for skipped in everyone:
-                self.skipped |= skipped
-        return counts.tolist()
+        return sum(gather(counts)).tolist()
 
     def record(self, lr, loss, tokens, empty, samples):
         """Log a step: its mean loss, labelled tokens, samples without a label, all samples.
@@ -255,33 +245,28 @@ class Run:
         self.rows.append({"step": self.step, "loss": loss, "tokens": int(tokens),
                           "empty": int(empty), "samples": int(samples), "lr": lr,
                           "seconds": round(seconds, 3)})
+        bad = [{"sample": number, "why": why} for number, why in self.skipped.items()]
         if self.rank == 0:
             write_rows(self.out / "log.jsonl", self.rows)
+            write_rows(self.out / "skipped.jsonl", bad)
         each = seconds / (self.step - self.first)
         left = each * (self.total_steps - self.step)
         log(f"step {self.step}/{self.total_steps} | loss {loss:.4f} | lr {lr:.1e} | "
             f"{empty / max(samples, 1):.0%} of the samples got no label | "
             f"{self.batch / each:.1f} samples/s | ETA {left:.0f} s")
-        if len(self.skipped) > self.max_bad / 100 * self.samples:
-            self.list_skipped()
-            raise BadInput(f"{len(self.skipped)} of {self.samples} samples are bad, more than "
+        if len(bad) > self.max_bad / 100 * self.samples:
+            raise BadInput(f"{len(bad)} of {self.samples} samples are bad, more than "
                            f"--max-bad {self.max_bad} %; see {self.out / 'skipped.jsonl'}")
 
     # ---- the end
 
-    def list_skipped(self):
-        if self.rank == 0:
-            rows = [{"sample": number, "why": why} for number, why in self.skipped.items()]
-            write_rows(self.out / "skipped.jsonl", rows)
-
     def finish(self, rpn, facts):
         """Write rpn.safetensors. Raises BadInput if no sample had a label."""
-        self.list_skipped()
         if not self.optimizer.state:  # it never took a step
             raise BadInput(f"{self.out}: none of the samples got a label, so nothing was learnt; "
                            "find better heads with `python tests/paper/tables.py heads`, put its "
                            "recipe.json beside config.json, and start over with --fresh")
         if self.rank == 0:
-            facts = facts | {"step": self.step}
+            facts |= {"step": self.step}
             write_file(self.out / "rpn.safetensors", lambda partial: rpn.save(partial, facts))
             (self.out / "resume.safetensors").unlink(missing_ok=True)

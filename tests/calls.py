@@ -2,6 +2,7 @@
 
     code, out, err = call(infer, "img.png", "Why?", "--ckpt", made.ckpt)
     one_line(train, *argv(made, run), says="another lr; use --fresh")
+    first, second = call_two(train, *argv(made, run))
 
 "One line" means: exit code 2, and one line on stderr that begins with the program's name and matches what the test
 looks for. The checkpoint takes 100 KB; its attention is peaked enough that labels exist with --max-new-tokens 3.
@@ -9,17 +10,17 @@ looks for. The checkpoint takes 100 KB; its attention is peaked enough that labe
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import resource
-import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -32,8 +33,10 @@ from formula import CONFIGS, picture, write_checkpoint
 from model import load
 from sdrpn import RPN
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no test needs a GPU, and a process that has one can not be forked
 ROOT = Path(__file__).resolve().parents[1]
 ASK = ("What is this?", "Is the red cup left of 12 books?", "And who?")
+SCORES = "language_model.model.layers.1.self_attn.q_proj.weight"
 RECIPE = {
     "attention": {"1": [1]}, "sink": {"kind": "norm", "c": 100.0}, "frozen_layers": 2, "rpn_layers": 2, "tau": 0.4,
     "train": {"lr": 1e-3, "warmup": 0.03, "betas": [0.9, 0.98], "epochs": 2, "batch_size": 4, "grad_accum": 2,
@@ -47,42 +50,37 @@ def tiny(folder, shards=1):
     folder = write_checkpoint(folder, CONFIGS["grouped"], shards=shards)
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
-        for name in tensors:
-            if name.endswith("layers.1.self_attn.q_proj.weight") and "vision" not in name:
-                tensors[name] *= 16
-        save_file(tensors, path, metadata={"format": "pt"})
+        if SCORES in tensors:
+            tensors[SCORES] *= 16
+            save_file(tensors, path)
     (folder / "recipe.json").write_text(json.dumps(RECIPE))
     m = load(folder, "cpu", "float32")
-    facts = {"frozen": 2, "layers": 2, "ckpt": folder.name, "tau": RECIPE["tau"]}
-    rpn = RPN.from_layers(m, 2, 2)
+    rpn, facts = RPN.from_layers(m, 2, 2), {"frozen": 2, "layers": 2, "ckpt": folder.name, "tau": RECIPE["tau"]}
     rpn.save(folder / "anyone.safetensors", facts)
     rpn.save(folder / "rpn.safetensors", facts | {"fingerprint": m.fingerprint})
     return folder
 
 
-def question_file(folder, count, name="questions.jsonl"):
+def question_file(folder, count):
     """`count` questions over small pictures, with answers and boxes; every eighth is a conversation."""
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    lines = [{"images": "."}]
+    (folder / "pictures").mkdir(parents=True)
+    lines = []
     for i in range(count):
         picture(40 + 3 * i % 50, 70 - i % 40, i).save(folder / "pictures" / f"{i}.png")
-        lines.append({
-            "image": f"pictures/{i}.png", "question": list(ASK[:2]) if i % 8 == 7 else ASK[i % 3], "id": f"q{i}",
-            "kind": ASK[i % 3][:3], "answers": ["a cup", "yes"], "boxes": [[2, 3, 20, 30]],
-            "metric": ("exact", "vqa", "anls", "relaxed")[i % 4], "max_new_tokens": 4, "tau": 0.3})
-    write_rows(folder / name, lines)
-    return folder / name
+        lines.append({"image": f"pictures/{i}.png", "question": ASK[:2] if i % 8 == 7 else ASK[i % 3], "id": i,
+                      "answers": ["a cup", "yes"], "boxes": [[2, 3, 20, 30]], "metric": "vqa", "tau": 0.3})
+    write_rows(folder / "questions.jsonl", lines)
+    return folder / "questions.jsonl"
 
 
 def make(folder):
-    """ckpt, data (24 questions), image, and two runs: `whole`, undisturbed, of 6 steps, and `half`, stopped after 2."""
-    torch.set_num_threads(1)
-    made = SimpleNamespace(ckpt=tiny(folder / "llava-tiny"), data=question_file(folder / "set", 24),
+    """ckpt, data (16 questions), image, and two runs: `whole`, undisturbed, of 4 steps, and `half`, stopped after 1."""
+    made = SimpleNamespace(ckpt=tiny(folder / "llava-tiny"), data=question_file(folder / "set", 16),
                            image=folder / "set/pictures/0.png", whole=folder / "whole", half=folder / "half")
     with pytest.MonkeyPatch.context() as patch:
         move(patch, folder)
         assert call(train, *argv(made, made.whole))[0] == 0
-        patch.setattr(Run, "any_stops", lambda run: run.step == 2)
+        patch.setattr(Run, "any_stops", lambda run: run.step == 1)
         assert call(train, *argv(made, made.half))[0] == 130
     return made
 
@@ -97,9 +95,6 @@ def move(patch, folder):
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     move(monkeypatch, tmp_path)
-    before = signal.getsignal(signal.SIGINT)
-    yield tmp_path
-    signal.signal(signal.SIGINT, before)
 
 
 # ---- calls
@@ -136,11 +131,22 @@ def one_line(program, *words, says, code=2):
     assert re.search(says, lines[0]) and lines[0].isprintable(), lines[0]
 
 
-def shell(*words, folder=ROOT, stdin=None, more=()):
+def in_rank(rank, port, program, words):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    return call(sys.modules[program], *words)
+
+
+def call_two(program, *words):
+    """call() in two copies of this process, which meet as those of torchrun do -> their two results."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        return pool.starmap(in_rank, [(rank, port, program.__name__, words) for rank in (0, 1)])
+
+
+def shell(*words, folder=ROOT):
     """A real process -> its result, in bytes."""
-    words = [sys.executable, *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict(more)
-    return subprocess.run(words, cwd=folder, input=stdin, capture_output=True, env=environment, timeout=600)
+    return subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, timeout=600)
 
 
 # ---- what a run left

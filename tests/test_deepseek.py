@@ -5,18 +5,17 @@ from math import prod
 import pytest
 import slow
 import torch
-from deepseek_formula import CASES, CONFIGS, EOS, IMAGE, SYSTEM, TRUE_CONFIGS, prompt, shapes, write_checkpoint
+from deepseek_formula import (CASES, CONFIGS, EOS, IMAGE, SYSTEM, TOKENIZER, TRUE_CONFIGS, prompt, shapes,
+                              write_checkpoint)
+from families import ask_three, close, golden, region, second_look
 from formula import picture
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from backbones.bpe import BPE
 from backbones.deepseek_vl import DeepSeekVL, resize_and_pad, to_unit
 from clip import BadInput
-from conftest import HERE
 from model import load, read_config, rename
-from sdrpn import RPN, Region, answer, load_recipe
+from sdrpn import RPN, load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -32,25 +31,11 @@ def models(tmp_path_factory):
 @pytest.fixture
 def case(request, models):
     """-> a case of the golden files, what they hold for it, its model, its picture."""
-    with safe_open(HERE / "golden" / f"{request.param}.safetensors", framework="pt") as f:
-        want = {key: f.get_tensor(key) for key in f.keys()}
     case = CASES[request.param]
-    return case, want, models[case["config"], "float32"], picture(*case["picture"])
+    return case, golden(request.param), models[case["config"], "float32"], picture(*case["picture"])
 
 
 every_case = pytest.mark.parametrize("case", CASES, indirect=True)
-
-
-def region_of(case, grid):
-    (x0, y0, x1, y1), kept = case["region"]
-    cells = torch.zeros(grid, dtype=torch.bool)
-    cells[y0:y1, x0:x1] = torch.tensor([[c == "1" for c in row] for row in kept.split()])
-    return Region((x0, y0, x1, y1), cells, 1.0)
-
-
-def close(ours, theirs, most=1e-4):
-    assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() < most
 
 
 # ---- another library
@@ -84,16 +69,11 @@ def test_rpn_copied_from_the_next_layers(case):
 def test_stage_two(case):
     """The crop's kept tokens right behind the image; the library runs the whole sequence anew."""
     case, want, m, shot = case
-    found = answer(m, None, shot, case["question"], max_new_tokens=len(want["crop.tokens"]), history=case["history"],
-                   regions=[region_of(case, m.grid_of(shot))])
-    (crop,), prefix = found.crops, found.prefix
+    regions = [region(m.grid_of(shot), *case["region"])]
+    crop, text, logits = second_look(m, case, shot, regions, len(want["crop.tokens"]))
     assert crop.box == tuple(want["crop.box"].tolist())
     assert crop.keep.flatten().tolist() == want["crop.keep"].bool().tolist()
-    assert found.text == m.detokenize(want["crop.tokens"].tolist())
-    tail = m.embed(m.tail(want["input_ids"].tolist()))
-    spliced, rope, _ = m.splice(tail, prefix.position, found.crops)
-    with torch.no_grad():
-        logits = m.head(m.run(spliced, 0, m.depth, rope, prefix.cache, prefix.columns.stop))[0]
+    assert text == m.detokenize(want["crop.tokens"].tolist())
     close(logits[::3], want["crop.logits"])
     assert torch.equal(logits.argmax(-1), want["crop.argmax"].long())
 
@@ -132,18 +112,10 @@ def test_padding_colour_and_crop(models, name, colour):
 @pytest.mark.parametrize("mode", ["mask", "box"])
 @pytest.mark.parametrize("name", CASES)
 def test_three_questions_behind_one_prefix_are_as_if_run_anew(models, monkeypatch, name, mode):
-    """With crops or none, in float64."""
-    case, seen, prefix = CASES[name], [], None
-    m, shot = models[case["config"], "float64"], picture(*case["picture"])
-    rpn, region = RPN.from_layers(m, *case["rpn"]).double(), region_of(case, m.grid_of(shot))
-    monkeypatch.setattr(m, "decode", lambda *given: seen.append(given) or [[]])
-    for question, regions in (("What is this?", [region]), ("Who?", []), ("And that one, is it red?", [region] * 2)):
-        found = answer(m, rpn, shot, question, mode, regions=regions, prefix=prefix)
-        slow.answer(m, rpn, shot, question, mode, regions=regions)
-        (hidden, _, *places), (anew, _, *others) = seen[-2:]
-        close(hidden, anew, 1e-9)
-        assert places == others and prefix in (None, found.prefix)
-        prefix = found.prefix
+    case, shot = CASES[name], picture(*CASES[name]["picture"])
+    m = models[case["config"], "float64"]
+    regions = [region(m.grid_of(shot), *case["region"])] * 2
+    ask_three(monkeypatch, m, RPN.from_layers(m, *case["rpn"]).double(), shot, mode, regions)
 
 
 # ---- what a folder says
@@ -156,7 +128,7 @@ def test_true_sizes(tmp_path, name, tensors, parameters):
     (tmp_path / "config.json").write_text(json.dumps(TRUE_CONFIGS[name]))
     config = read_config(tmp_path)[1]
     with torch.device("meta"):
-        m = DeepSeekVL(config, BPE(HERE / "golden/deepseek_tokenizer.json"))
+        m = DeepSeekVL(config, BPE(TOKENIZER))
     found = {key: tuple(p.shape) for key, p in m.named_parameters()}
     assert (len(found), sum(map(prod, found.values()))) == (tensors, parameters)
     stored = {rename(key, m.renames()): shape for key, shape in shapes(TRUE_CONFIGS[name]).items()}
@@ -164,52 +136,6 @@ def test_true_sizes(tmp_path, name, tensors, parameters):
     assert m.grid_of(None) == (24, 24) and config.rms_norm_eps == 1e-6 and config.rope_theta == 1e4
     with pytest.raises(BadInput, match="B = .*tables.py heads"):
         load_recipe(tmp_path)
-
-
-TOWER = {  # shapes of the weights; a matrix and a norm also have a bias
-    "patch_embed.proj": (36, 3, 8, 8), "blocks.0.norm1": (36,), "blocks.0.norm2": (36,), "blocks.0.attn.qkv": (108, 36),
-    "blocks.0.attn.proj": (36, 36)}
-SIGLIP = TOWER | {"blocks.0.mlp.fc1": (108, 36), "blocks.0.mlp.fc2": (36, 108), "norm": (36,), "attn_pool.q": (36, 36)}
-SAM = TOWER | {"blocks.0.mlp.lin1": (108, 36), "blocks.0.mlp.lin2": (36, 108), "neck.1": (10,), "neck.3": (10,),
-               "neck_hd.1": (10,), "neck_hd.3": (10,)}
-SAM_ONLY = {  # whole names, no bias
-    "neck.0.weight": (10, 36, 1, 1), "neck.2.weight": (10, 10, 3, 3), "neck_hd.0.weight": (10, 36, 1, 1),
-    "neck_hd.2.weight": (10, 10, 3, 3), "downsamples.0.weight": (14, 10, 3, 3), "downsamples.1.weight": (18, 14, 3, 3),
-    "hd_alpha_downsamples": (1,), "pos_embed": (1, 10, 10, 36), "blocks.0.attn.rel_pos_h": (19, 12),
-    "blocks.0.attn.rel_pos_w": (19, 12)}
-DECODER = {
-    "model.embed_tokens": (413, 60), "model.norm": (60,), "lm_head": (413, 60), "model.layers.0.input_layernorm": (60,),
-    "model.layers.0.post_attention_layernorm": (60,), "model.layers.0.self_attn.q_proj": (60, 60),
-    "model.layers.0.self_attn.k_proj": (60, 60), "model.layers.0.self_attn.v_proj": (60, 60),
-    "model.layers.0.self_attn.o_proj": (60, 60), "model.layers.0.mlp.gate_proj": (100, 60),
-    "model.layers.0.mlp.up_proj": (100, 60), "model.layers.0.mlp.down_proj": (60, 100)}
-SMALL = {"aligner.layers.0": (60, 36), "aligner.layers.2": (60, 60)}
-LARGE = {"aligner.high_up_proj": (30, 18), "aligner.low_up_proj": (30, 36), "aligner.layers.1": (60, 60),
-         "vision_model.high_layer_norm": (18,), "vision_model.low_layer_norm": (36,)}
-
-
-@pytest.mark.parametrize("config, low, more", [
-    ("siglip", "vision_model.vision_tower.", SMALL), ("hybrid", "vision_model.vision_tower_low.vision_tower.", LARGE)])
-def test_the_published_names_load(tmp_path, config, low, more):
-    """The 1.3B's one tower is vision_tower, the 7B's are vision_tower_low.vision_tower and _high; nothing but names."""
-    high, sizes = "vision_model.vision_tower_high.vision_tower.", dict(width=36, layers=1, heads=3, mlp_ratio=3)
-    shapes = {f"language_model.{name}.weight": shape for name, shape in DECODER.items()}
-    shapes |= {low + "pos_embed": (1, 25, 36), low + "attn_pool.latent": (1, 1, 36)}
-    both = more | {low + name: shape for name, shape in SIGLIP.items()}
-    given = json.loads(json.dumps(CONFIGS[config]))
-    given["language_config"] = CONFIGS["siglip"]["language_config"] | dict(num_hidden_layers=1)
-    params = given["vision_config"]["params"]
-    if config == "hybrid":
-        shapes |= {high + name: shape for name, shape in SAM_ONLY.items()}
-        both |= {high + name: shape for name, shape in SAM.items()}
-        params["high_res_cfg"] |= sizes | dict(global_attn_indexes=[0])
-        params = params["low_res_cfg"]
-    params |= sizes | dict(image_size=40, patch_size=8)
-    for name, shape in both.items():
-        shapes |= {name + ".weight": shape, name + ".bias": shape[:1]}
-    write_checkpoint(tmp_path, given)
-    save_file({name: torch.rand(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
-    assert load(tmp_path).grid_of(None) == (5, 5)
 
 
 @pytest.mark.parametrize("file, place, change, says", [

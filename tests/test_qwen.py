@@ -8,18 +8,18 @@ from dataclasses import asdict
 import pytest
 import slow
 import torch
+from families import ask_three, close, golden, region, second_look
 from formula import picture
 from qwen_formula import CASES, CONFIGS, NEW_TOKENS, TINY, nested, prompt, shapes, write_checkpoint
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import infer
 import train
 from backbones.qwen2_5_vl import Qwen2_5VL, windows_by_size
+from calls import call, write_rows
 from clip import MEAN, STD, BadInput
-from conftest import HERE
 from model import load, read_config, rename
-from sdrpn import RPN, Crop, Recipe, Region, answer, load_recipe, teach
+from sdrpn import RPN, Crop, Recipe, answer, load_recipe, teach
 
 
 @pytest.fixture(scope="module")
@@ -39,29 +39,16 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def case(request, checkpoint):
     """-> a case of the golden files, what they hold for it, its model, its picture."""
-    with safe_open(HERE / "golden" / f"{request.param}.safetensors", framework="pt") as f:
-        want = {key: f.get_tensor(key) for key in f.keys()}
     case = CASES[request.param]
     m = checkpoint(case["config"], budget=case["budget"], rpn=case["rpn"])
-    return case, want, m, picture(*case["picture"])
+    return case, golden(request.param), m, picture(*case["picture"])
 
 
 every_case = pytest.mark.parametrize("case", CASES, indirect=True)
 
 
 def regions_of(case, grid):
-    """The case's boxes as regions that fill them."""
-    found = []
-    for x0, y0, x1, y1 in case["boxes"]:
-        cells = torch.zeros(grid, dtype=torch.bool)
-        cells[y0:y1, x0:x1] = True
-        found.append(Region((x0, y0, x1, y1), cells, 1.0))
-    return found
-
-
-def close(ours, theirs, most=1e-4):
-    assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() < most
+    return [region(grid, box) for box in case["boxes"]]
 
 
 # ---- against the reference library
@@ -114,16 +101,10 @@ def test_greedy_tokens(case, monkeypatch):
 def test_the_second_look_is_a_second_picture(case, monkeypatch):
     case, want, m, shot = case
     monkeypatch.setattr(m, "detokenize", list)
-    found = answer(m, None, shot, case["question"], max_new_tokens=NEW_TOKENS, history=case["history"],
-                   regions=regions_of(case, m.grid_of(shot)))
-    (crop,), prefix = found.crops, found.prefix
-    assert crop.box == tuple(want["two.crop"].tolist()) and crop.keep.tolist() == want["two.keep"].tolist()
-    assert found.text == want["two.tokens"].tolist()
-    tail = m.embed(m.tail(m.prompt_ids(case["question"], case["history"])))
-    spliced, rope, _ = m.splice(tail, prefix.position, found.crops)
-    with torch.no_grad():
-        hidden = m.run(spliced, 0, m.depth, rope, prefix.cache, prefix.columns.stop)
-    close(m.head(hidden)[0, want["two.rows"].long()], want["two.logits"])
+    crop, ids, logits = second_look(m, case, shot, regions_of(case, m.grid_of(shot)), NEW_TOKENS)
+    assert crop.box == tuple(want["two.crop"].tolist()) and torch.equal(crop.keep, want["two.keep"])
+    assert ids == want["two.tokens"].tolist()
+    close(logits[want["two.rows"].long()], want["two.logits"])
 
 
 @every_case
@@ -155,39 +136,6 @@ def test_every_layout_and_spelling_is_the_same_model(checkpoint, name, how):
     assert other.config == one.config
     ours, theirs = one.state_dict(), other.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-NAMES = {  # of the weights; all but the norms and those marked no have a bias
-    "visual.patch_embed.proj no": (32, 3, 2, 14, 14), "visual.merger.ln_q no": (32,),
-    "visual.blocks.0.norm1 no": (32,), "visual.blocks.0.norm2 no": (32,),
-    "visual.blocks.0.attn.qkv": (96, 32), "visual.blocks.0.attn.proj": (32, 32),
-    "visual.blocks.0.mlp.gate_proj": (40, 32), "visual.blocks.0.mlp.up_proj": (40, 32),
-    "visual.blocks.0.mlp.down_proj": (32, 40), "visual.merger.mlp.0": (128, 128), "visual.merger.mlp.2": (64, 128),
-    "model.embed_tokens no": (423, 64), "model.norm no": (64,),
-    "model.layers.0.input_layernorm no": (64,), "model.layers.0.post_attention_layernorm no": (64,),
-    "model.layers.0.self_attn.q_proj": (64, 64), "model.layers.0.self_attn.k_proj": (32, 64),
-    "model.layers.0.self_attn.v_proj": (32, 64), "model.layers.0.self_attn.o_proj no": (64, 64),
-    "model.layers.0.mlp.gate_proj no": (90, 64), "model.layers.0.mlp.up_proj no": (90, 64),
-    "model.layers.0.mlp.down_proj no": (64, 90)}
-
-
-@pytest.mark.parametrize("size", ["3B", "7B"])
-def test_the_published_names_load(tmp_path, size):
-    """The 3B stores no head, the 7B its own."""
-    tensors = {"lm_head.weight": torch.rand(423, 64)} if size == "7B" else {}
-    for name, shape in NAMES.items():
-        name, _, without = name.partition(" ")
-        tensors[name + ".weight"] = torch.rand(shape)
-        if not without:
-            tensors[name + ".bias"] = torch.rand(shape[0])
-    config = TINY["own"] | dict(num_hidden_layers=1, tie_word_embeddings=size == "3B")
-    config["vision_config"] = config["vision_config"] | dict(
-        depth=1, hidden_size=32, intermediate_size=40, num_heads=2, fullatt_block_indexes=[0])
-    write_checkpoint(tmp_path, config)
-    save_file(tensors, tmp_path / "model.safetensors")
-    m = load(tmp_path)
-    head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
-    assert torch.equal(m.lm_head.weight, head) and m.grid_of(picture(56, 84, 1)) == (3, 2)
 
 
 @pytest.mark.parametrize("name, parameters, rpn_parameters", [
@@ -330,19 +278,10 @@ def test_what_a_user_types_stays_text(checkpoint):
 
 @pytest.mark.parametrize("mode", ["mask", "box"])
 def test_three_questions_behind_one_prefix_are_as_if_run_anew(checkpoint, monkeypatch, mode):
-    """Each with other crops or none, in float64."""
-    case, seen, prefix = CASES["qwen_wide"], [], None
+    case = CASES["qwen_wide"]
     m = checkpoint("tied", dtype="float64", budget=case["budget"], rpn=case["rpn"])
-    shot, rpn = picture(*case["picture"]), RPN.load(m.folder, m)
-    regions = regions_of(case, m.grid_of(shot))
-    monkeypatch.setattr(m, "decode", lambda *given: seen.append(given) or [[]])
-    for question, some in ("What is this?", regions), ("And that one, is it larger?", regions[:1]), ("Who?", []):
-        found = answer(m, rpn, shot, question, mode, regions=some, prefix=prefix)
-        slow.answer(m, rpn, shot, question, mode, regions=some)
-        (hidden, _, *places), (anew, _, *others) = seen[-2:]
-        close(hidden, anew, 1e-9)
-        assert places == others and prefix in (None, found.prefix)
-        prefix = found.prefix
+    shot = picture(*case["picture"])
+    ask_three(monkeypatch, m, RPN.load(m.folder, m), shot, mode, regions_of(case, m.grid_of(shot)))
 
 
 # ---- end to end
@@ -356,24 +295,21 @@ RECIPE = dict(
     train=dict(lr=1e-2, warmup=0.1, betas=[0.9, 0.999], epochs=2, batch_size=4, grad_accum=1, clip=1.0))
 
 
-def test_train_and_answer(tmp_path, monkeypatch, capsys):
+def test_train_and_answer(tmp_path):
     """Two kinds of questions about pictures of two shapes; one RPN learns both; it answers at its recipe's budget."""
-    monkeypatch.setattr(train, "ROOT", tmp_path)
-    write_checkpoint(tmp_path / "tiny", TINY["tied"])
-    (tmp_path / "tiny" / "recipe.json").write_text(json.dumps(RECIPE))
-    flags, rows = ["--ckpt", str(tmp_path / "tiny"), "--dtype", "float32", "--max-new-tokens", "3"], ""
-    for n, (kind, size) in enumerate([("ocr_vqa", (200, 100)), ("gqa", (90, 200))] * 8):
+    folder, rows, run = write_checkpoint(tmp_path / "tiny", TINY["tied"]), [], tmp_path / "run"
+    (folder / "recipe.json").write_text(json.dumps(RECIPE))
+    for n, (kind, size) in enumerate([("ocr_vqa", (200, 100)), ("gqa", (90, 200))] * 4):
         picture(*size, n).save(tmp_path / f"{n}.png")
-        rows += json.dumps(dict(image=f"{n}.png", question="What?\nAnswer briefly.", kind=kind)) + "\n"
-    (tmp_path / "questions.jsonl").write_text(rows)
-    train.main([*flags, "--data", str(tmp_path / "questions.jsonl"), "--out", str(tmp_path / "run")])
-    stored = load_file(tmp_path / "run" / "rpn.safetensors")
-    assert (tmp_path / "run" / "report.png").is_file() and "model.twig_norm.weight" not in stored
-    assert not torch.equal(stored["model.twig_layers.1.self_attn.q_proj.bias"],
-                           load(tmp_path / "tiny").language_model.layers[3].self_attn.q_proj.bias)
-    capsys.readouterr()
-    infer.main([str(tmp_path / "0.png"), "Where?", *flags, "--rpn", str(tmp_path / "run"), "--json"])
-    told, m = json.loads(capsys.readouterr().out), load(tmp_path / "tiny", "cpu")
+        rows.append({"image": f"{n}.png", "question": "What?\nAnswer briefly.", "kind": kind})
+    write_rows(tmp_path / "questions.jsonl", rows)
+    flags = "--ckpt", folder, "--dtype", "float32", "--max-new-tokens", 3
+    assert call(train, *flags, "--data", tmp_path / "questions.jsonl", "--out", run)[0] == 0
+    name = "self_attn.q_proj.bias"  # of the RPN's last layer
+    assert not torch.equal(load_file(run / "rpn.safetensors")["model.twig_layers.1." + name],
+                           load(folder).language_model.layers[3].get_parameter(name))
+    _, out, _ = call(infer, tmp_path / "0.png", "Where?", *flags, "--rpn", run, "--json")
+    m, told = load(folder, "cpu"), json.loads(out)
     m.budget = RECIPE["budget"]
-    found = answer(m, RPN.load(tmp_path / "run", m), picture(200, 100, 0), "Where?", max_new_tokens=3)
-    assert told["answer"] == found.text and told["boxes"] == [list(box) for box in found.boxes]
+    found = answer(m, RPN.load(run, m), picture(200, 100, 0), "Where?", max_new_tokens=3)
+    assert told["answer"] == found.text and told["boxes"] == [*map(list, found.boxes)]

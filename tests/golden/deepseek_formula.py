@@ -90,20 +90,29 @@ def towers(config):
     return {f"vision_model.{prefix}": TOWER_DEFAULTS[tower["model_name"]] | tower for prefix, tower in found.items()}
 
 
+def with_bias(shapes):
+    """{name of a layer: shape} -> {name of a tensor: shape}."""
+    out = {}
+    for name, shape in shapes.items():
+        out |= {name + ".weight": shape, name + ".bias": shape[:1]}
+    return out
+
+
 def _tower_shapes(c):
     """-> {name: shape} of matrices and norms that have a bias, {whole name: shape} of what has none."""
     C, p, cells, sam = c["width"], c["patch_size"], c["image_size"] // c["patch_size"], "window_size" in c
-    hidden, (first, second) = int(C * c["mlp_ratio"]), ("lin1", "lin2") if sam else ("fc1", "fc2")
-    both, bare = {"patch_embed.proj": (C, 3, p, p)}, {"pos_embed": (1, cells * cells, C)}
+    hidden, mlp = int(C * c["mlp_ratio"]), "mlp.lin" if sam else "mlp.fc"
+    both, bare = {"patch_embed.proj": (C, 3, p, p)}, {}
     for n in range(c["layers"]):
-        block = f"blocks.{n}."
-        both |= {block + "norm1": (C,), block + "norm2": (C,), block + "attn.qkv": (3 * C, C),
-                 block + "attn.proj": (C, C), block + "mlp." + first: (hidden, C), block + "mlp." + second: (C, hidden)}
+        sizes = {"norm1": (C,), "norm2": (C,), "attn.qkv": (3 * C, C), "attn.proj": (C, C), mlp + "1": (hidden, C),
+                 mlp + "2": (C, hidden)}
+        both |= {f"blocks.{n}.{name}": shape for name, shape in sizes.items()}
         if sam:
             m = cells if n in c["global_attn_indexes"] else c["window_size"]
-            bare |= {f"{block}attn.rel_pos_{axis}": (2 * m - 1, C // c["heads"]) for axis in "hw"}
-    if not sam:
-        return both | {"norm": (C,), "attn_pool.q": (C, C)}, bare | {"attn_pool.latent": (1, 1, C)}  # no pool is used
+            bare |= {f"blocks.{n}.attn.rel_pos_{axis}": (2 * m - 1, C // c["heads"]) for axis in "hw"}
+    if not sam:  # no pool is used
+        return (both | {"norm": (C,), "attn_pool.q": (C, C)},
+                {"pos_embed": (1, cells * cells, C), "attn_pool.latent": (1, 1, C)})
     E, (middle, last) = c["prompt_embed_dim"], c["downsample_channels"]
     bare |= {"pos_embed": (1, cells, cells, C), "hd_alpha_downsamples": (1,),
              "downsamples.0.weight": (middle, E, 3, 3), "downsamples.1.weight": (last, middle, 3, 3)}
@@ -116,26 +125,25 @@ def _tower_shapes(c):
 def shapes(config):
     """-> {name as deepseek-ai writes it: shape}, those that no answer needs included."""
     text = TEXT_DEFAULTS | config["language_config"]
-    D = text["hidden_size"]
-    decoder, words = "language_model.model.", (text["vocab_size"], D)
+    D, decoder = text["hidden_size"], "language_model.model."
+    words = text["vocab_size"], D
     out = {"language_model.lm_head.weight": words, decoder + "embed_tokens.weight": words,
            decoder + "norm.weight": (D,)}
     for n in range(text["num_hidden_layers"]):
         out |= block(f"{decoder}layers.{n}", text)
     low, *high = towers(config).values()
-    both = {"aligner.layers.0": (D, low["width"]), "aligner.layers.2": (D, D)}
-    if high:
-        C = high[0]["downsample_channels"][-1]
-        both = {"aligner.high_up_proj": (D // 2, C), "aligner.low_up_proj": (D // 2, low["width"]),
-                "aligner.layers.1": (D, D),
-                "vision_model.high_layer_norm": (C,), "vision_model.low_layer_norm": (low["width"],)}  # never used
+    C, both = low["width"], {}
+    sizes = {"layers.0": (D, C), "layers.2": (D, D)}
+    for c in high:
+        last = c["downsample_channels"][-1]
+        sizes = {"high_up_proj": (D // 2, last), "low_up_proj": (D // 2, C), "layers.1": (D, D)}
+        both = {"vision_model.high_layer_norm": (last,), "vision_model.low_layer_norm": (C,)}  # never used
+    both |= {f"aligner.{name}": shape for name, shape in sizes.items()}
     for prefix, c in towers(config).items():
         more, bare = _tower_shapes(c)
         both |= {prefix + name: shape for name, shape in more.items()}
         out |= {prefix + name: shape for name, shape in bare.items()}
-    for name, shape in both.items():
-        out |= {name + ".weight": shape, name + ".bias": shape[:1]}
-    return out
+    return out | with_bias(both)
 
 
 def tensors(config):

@@ -6,15 +6,12 @@ The library's deepseek_vl and deepseek_vl_hybrid are ports with other tensor nam
 own pixels, since the port's processor rounds sides and resizes uint8 where DeepSeek's own code rounds down and resizes
 floats. Ids come from `tokenizers`; the crop of stage 2 is put behind the image's tokens by hand, and all is run anew.
 """
-import copy
 import re
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import (DeepseekVLConfig, DeepseekVLForConditionalGeneration, DeepseekVLHybridConfig,
                           DeepseekVLHybridForConditionalGeneration)
@@ -22,10 +19,12 @@ from transformers import (DeepseekVLConfig, DeepseekVLForConditionalGeneration, 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 from make_golden import rpn_logits  # noqa: E402
+from make_golden_qwen import greedy, write  # noqa: E402
 from deepseek_formula import (BOS, CASES, CONFIGS, EOS, HERE, IMAGE, NEW_TOKENS, TOKENIZER, prompt,  # noqa: E402
                               tensors, towers)
 from formula import picture  # noqa: E402
 from backbones.deepseek_vl import resize_and_pad, to_unit  # noqa: E402
+from clip import MEAN, STD  # noqa: E402
 
 SPELLING = [  # deepseek-ai's -> the port's, in this order
     (r"^vision_model\.vision_tower_high\.vision_tower\.", "sam."),
@@ -90,37 +89,24 @@ def reference(config, image_token):
     # The port fixes the channels of these layers at 2 and 4 times the neck's; here they are what config.json says
     for name in ("high_res_vision_proj.conv1", "high_res_vision_proj.conv2", "aligner.high_res_vision_proj"):
         if high:
-            weight = torch.empty(found[f"model.{name}.weight"].shape)
-            model.model.get_submodule(name).weight = torch.nn.Parameter(weight)
+            module = model.model.get_submodule(name)
+            module.weight = torch.nn.Parameter(found[f"model.{name}.weight"])
     model.load_state_dict(found)
     return model
 
 
 def features(model, unit):
     """unit (3, S, S) in [0, 1] -> {stage: (N, C)}; each tower's picture is made here from the one that is given."""
-    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
-    high, low = ((unit - mean.view(3, 1, 1)) / std.view(3, 1, 1))[None], unit[None]
-    if not hasattr(model.model, "high_res_vision_model"):
-        out = model.model.get_image_features((low - 0.5) / 0.5, return_dict=True)
-        return {"low": out.last_hidden_state[0], "aligner": out.pooler_output[0]}
-    size = model.config.vision_config.image_size
-    low = F.interpolate(low, size=(size, size), mode="bilinear", antialias=True)
-    out = model.model.get_image_features((low - 0.5) / 0.5, high, return_dict=True)
-    return {"low": out.last_hidden_state[0], "high": out.high_res_vision_last_hidden_state[0],
-            "aligner": out.pooler_output[0]}
-
-
-def greedy(model, embeds, pieces, eos):
-    """Greedy ids by running everything anew for each token, and how far the best was ahead of the second."""
-    ids, margin = [], 9.0
-    for _ in range(NEW_TOKENS):
-        best = model(inputs_embeds=embeds).logits[0, -1, :pieces].topk(2)
-        margin = min(margin, (best.values[0] - best.values[1]).item())
-        if best.indices[0] == eos:
-            break
-        ids.append(best.indices[0].item())
-        embeds = torch.cat([embeds, model.get_input_embeddings()(best.indices[None, :1])], 1)
-    return ids, margin
+    low, high = unit[None], []
+    if hasattr(model.model, "high_res_vision_model"):
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+        high = [(low - mean) / std]
+        low = F.interpolate(low, size=[model.config.vision_config.image_size] * 2, mode="bilinear", antialias=True)
+    out = model.model.get_image_features((low - 0.5) / 0.5, *high, return_dict=True)
+    found = {"low": out.last_hidden_state[0], "aligner": out.pooler_output[0]}
+    if high:
+        found["high"] = out.high_res_vision_last_hidden_state[0]
+    return found
 
 
 def crop_box(region, grid, size):
@@ -134,10 +120,11 @@ def crop_box(region, grid, size):
     return box
 
 
-def first_look(model, case, shot, text, tokenizer):
-    """The whole picture -> what golden files hold, the embeddings, where the image begins, the margin."""
-    image_token, eos = tokenizer.token_to_id(IMAGE), tokenizer.token_to_id(EOS)
-    out = features(model, shot)
+def first_look(model, case, whole, tokenizer):
+    """The whole picture -> what golden files hold, the embeddings, where the image begins."""
+    image_token = tokenizer.token_to_id(IMAGE)
+    out = features(model, whole)
+    text = prompt(case["question"], case["history"])
     ids = [tokenizer.token_to_id(BOS), *tokenizer.encode(text, add_special_tokens=False).ids]
     at, N = ids.index(image_token), len(out["aligner"])
     words = model.get_input_embeddings()(torch.tensor(ids))
@@ -145,27 +132,23 @@ def first_look(model, case, shot, text, tokenizer):
     T = embeds.shape[1]
     states = model(inputs_embeds=embeds, output_hidden_states=True)
     logits, rows = states.logits[0], sorted({*range(0, T, 9), *range(at, at + N, 4), T - 1})
-    tokens, margin = greedy(model, embeds, tokenizer.get_vocab_size(), eos)
     B, R = case["rpn"]  # a copy of the next layers: the last prompt token against the image
     decoder = model.model.language_model
-    blocks, norm = copy.deepcopy(decoder.layers[B:B + R]), copy.deepcopy(decoder.norm)
-    rpn = rpn_logits(decoder, blocks, norm, states.hidden_states[B], [T - 1], [*range(at, at + N)])[0]
-    return out | {
-        "input_ids": torch.tensor(ids).int(), "rows": torch.tensor(rows).int(), "logits": logits[rows],
-        "argmax": logits.argmax(-1).int(), "logsumexp": logits.logsumexp(-1), "tokens": torch.tensor(tokens).int(),
-        "rpn.copy": rpn}, embeds, at, margin
+    rpn = rpn_logits(decoder, decoder.layers[B:B + R], decoder.norm, states.hidden_states[B], [T - 1],
+                     [*range(at, at + N)])[0]
+    return out | {"input_ids": torch.tensor(ids).int(), "rows": torch.tensor(rows).int(), "logits": logits[rows],
+                  "argmax": logits.argmax(-1).int(), "logsumexp": logits.logsumexp(-1), "rpn.copy": rpn}, embeds, at
 
 
 @torch.no_grad()
 def golden(case):
     config, tokenizer = CONFIGS[case["config"]], Tokenizer.from_file(str(TOKENIZER))
-    model = reference(config, tokenizer.token_to_id(IMAGE))
+    model, pieces = reference(config, tokenizer.token_to_id(IMAGE)), tokenizer.get_vocab_size()
     low, *high = towers(config).values()
     size, colour = (high[0]["image_size"], (122, 116, 104)) if high else (low["image_size"], (127, 127, 127))
     grid, shot = low["image_size"] // low["patch_size"], picture(*case["picture"])
-    text, N = prompt(case["question"], case["history"]), grid * grid
-    whole = to_unit(resize_and_pad(shot, size, colour))
-    out, embeds, at, margin = first_look(model, case, whole, text, tokenizer)
+    out, embeds, at = first_look(model, case, to_unit(resize_and_pad(shot, size, colour)), tokenizer)
+    out["tokens"], _ = greedy(model, embeds, NEW_TOKENS, pieces)
 
     # stage 2: the crop's kept features behind the image's, everything run anew
     region, cells = case["region"]
@@ -173,27 +156,15 @@ def golden(case):
     box = crop_box(region, grid, shot.size)
     cut = to_unit(shot.crop(box).resize((size, size), 2))  # 2: PIL's bilinear
     keep = F.interpolate(cells[None, None], size=(grid, grid), mode="bilinear")[0, 0].flatten() > 0.5
-    crop = features(model, cut)["aligner"][keep]
-    embeds = torch.cat([embeds[0, :at + N], crop, embeds[0, at + N:]])[None]
-    logits = model(inputs_embeds=embeds).logits[0, at + N:]
-    tokens, margin_2 = greedy(model, embeds, tokenizer.get_vocab_size(), tokenizer.token_to_id(EOS))
-    out |= {"crop.box": torch.tensor(box).int(), "crop.keep": keep.int(), "crop.logits": logits[::3],
-            "crop.argmax": logits.argmax(-1).int(), "crop.tokens": torch.tensor(tokens).int()}
-    assert 0 < keep.sum() < N and len({*out["tokens"].tolist()}) > 4 and tokens != out["tokens"].tolist()
-    assert min(margin, margin_2) > 1e-3, (margin, margin_2)
-    metadata = dict(prompt=text, smallest_margin=f"{min(margin, margin_2):.4f}",
-                    made_with=f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}")
-    return {name: t.contiguous().clone() for name, t in out.items()}, metadata
-
-
-def main():
-    for name, case in CASES.items():
-        found, metadata = golden(case)
-        path = HERE / f"{name}.safetensors"
-        save_file(found, path, metadata)
-        path.chmod(0o644)
-        print(f"{path.name}  {path.stat().st_size // 1024} KB  {found['crop.tokens'].tolist()}  {metadata}")
+    crop, P = features(model, cut)["aligner"][keep], at + grid * grid
+    embeds = torch.cat([embeds[0, :P], crop, embeds[0, P:]])[None]
+    logits = model(inputs_embeds=embeds).logits[0, P:]
+    tokens, _ = greedy(model, embeds, NEW_TOKENS, pieces)
+    assert not keep.all() and not torch.equal(tokens, out["tokens"])
+    assert tokenizer.token_to_id(EOS) not in [*tokens, *out["tokens"]]
+    return out | {"crop.box": torch.tensor(box).int(), "crop.keep": keep.int(), "crop.logits": logits[::3],
+                  "crop.argmax": logits.argmax(-1).int(), "crop.tokens": tokens}
 
 
 if __name__ == "__main__":
-    main()
+    write(CASES, golden)

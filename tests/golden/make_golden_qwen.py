@@ -35,10 +35,9 @@ from transformers.vision_utils import get_vision_window_index
 
 def look(picture, budget):
     """The library's pixels of one picture -> (pixel_values, grid_thw), and the grid of tokens (h, w)."""
-    processor = Qwen2VLImageProcessorPil(size=dict(zip(("shortest_edge", "longest_edge"), budget)))
-    seen = processor(picture, return_tensors="pt")
-    thw = seen["image_grid_thw"]
-    return (seen["pixel_values"], thw), (thw[0, 1:] // 2).tolist()
+    size = dict(shortest_edge=budget[0], longest_edge=budget[1])
+    pixels, thw = Qwen2VLImageProcessorPil(size=size)(picture, return_tensors="pt").values()
+    return (pixels, thw), (thw[0, 1:] // 2).tolist()
 
 
 def unpatch(patches, grid):
@@ -64,18 +63,29 @@ def run(model, embeds, positions, **more):
     return model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False, **more)
 
 
-def greedy(model, embeds, positions):
-    """All run again for each token; never one without text -> ids, what was fed, its positions."""
-    tokens = []
-    for _ in range(NEW_TOKENS):
-        logits = model.lm_head(run(model, embeds, positions).last_hidden_state[0, -1])[:PIECES + len(SPECIALS) + 2]
-        best, second = logits.topk(2).values
-        assert best - second > 1e-3, (best - second).item()
-        tokens.append(logits.argmax().item())
-        embeds = torch.cat([embeds, model.model.language_model.embed_tokens(torch.tensor([tokens[-1:]]))], 1)
-        positions = torch.cat([positions, positions.max().expand(3, 1, 1) + 1], 2)
-    assert not {PIECES, PIECES + 2} & set(tokens) and len(set(tokens)) > 4, tokens  # no end of the answer among them
-    return torch.tensor(tokens).int(), embeds[:, :-1], positions[:, :, :-1]
+def greedy(model, embeds, count, pieces, given=lambda length: {}):
+    """All run again for each token, which must be well ahead of the next; none without text -> ids, what was fed.
+
+    given(length): what else the model takes.
+    """
+    ids = []
+    for _ in range(count):
+        best = model(inputs_embeds=embeds, **given(embeds.shape[1])).logits[0, -1, :pieces].topk(2)
+        assert best.values[0] - best.values[1] > 1e-3, best.values
+        ids.append(best.indices[0].item())
+        embeds = torch.cat([embeds, model.get_input_embeddings()(best.indices[None, :1])], 1)
+    assert len(set(ids)) > 4, ids
+    return torch.tensor(ids).int(), embeds[:, :-1]
+
+
+def answer(model, embeds, positions):
+    """-> ids, what was fed, its positions."""
+    def extend(length):
+        new = positions.max() + 1 + torch.arange(length - positions.shape[2])
+        return torch.cat([positions, new.expand(3, 1, -1)], 2)
+    ids, fed = greedy(model, embeds, NEW_TOKENS, PIECES + len(SPECIALS) + 2, lambda n: {"position_ids": extend(n)})
+    assert not {PIECES, PIECES + 2} & {*ids.tolist()}  # no end of the answer among them
+    return ids, fed, extend(fed.shape[1])
 
 
 def rpn_logits(model, config, case, hidden, positions, columns):
@@ -107,8 +117,8 @@ def outputs_of(modules, call):
 def tower_outputs(tower, patches, thw):
     """The tower's, put back into raster order."""
     projected, states = outputs_of(tower.blocks, lambda: tower(patches, grid_thw=thw))
-    window, _ = get_vision_window_index(thw, 2, 112, 14)
-    raster = [x.view(len(window), -1)[window.argsort()] for x in states]
+    back = get_vision_window_index(thw, 2, 112, 14)[0].argsort()
+    raster = [x.view(len(back), -1)[back] for x in states]
     out = {f"tower.{n}": x.reshape(4 * len(x), -1)[::5] for n, x in enumerate(raster)}
     return out | {"features": raster[-1], "projector": projected.pooler_output}
 
@@ -119,16 +129,15 @@ def first_look(model, config, case, seen, N):
     ids = Tokenizer.from_file(str(HERE / "qwen_tokenizer.json")).encode(prompt(case["question"], case["history"])).ids
     at = ids.index(image)
     ids, columns = ids[:at] + [image] * N + ids[at + 1:], [*range(at, at + N)]
+    input_ids, (patches, thw) = torch.tensor([ids]), seen
+    whole, kept = outputs_of(model.model.language_model.layers, lambda: model(
+        input_ids=input_ids, pixel_values=patches, image_grid_thw=thw, mm_token_type_ids=(input_ids == image).int()))
+    logits, T = whole.logits[0], len(ids)
     embeds, positions = embed(model, ids, [seen])
-    ran, kept = outputs_of(model.model.language_model.layers, lambda: run(model, embeds, positions))
-    logits, T = model.lm_head(ran.last_hidden_state)[0], len(ids)
-    whole = model(input_ids=torch.tensor([ids]), pixel_values=seen[0], image_grid_thw=seen[1],
-                  mm_token_type_ids=(torch.tensor([ids]) == image).int()).logits[0]
-    assert (whole - logits).abs().max() < 1e-5  # the library called as a user would
     rows = sorted({*range(0, T, 12), *columns[::7], T - 1})
-    tokens, fed, fed_positions = greedy(model, embeds, positions)
+    tokens, fed, fed_positions = answer(model, embeds, positions)
     maps = torch.stack(run(model, fed, fed_positions, output_attentions=True).attentions)  # (L, 1, H, rows, everything)
-    out = {"ids": torch.tensor(ids).int(), "rows": torch.tensor(rows).int(), "tokens": tokens, "logits": logits[rows],
+    out = {"ids": input_ids[0].int(), "rows": torch.tensor(rows).int(), "tokens": tokens, "logits": logits[rows],
            "argmax": logits.argmax(-1).int(), "logsumexp": logits.logsumexp(-1),
            "attention": maps[:, 0, :, T:, columns].mean(2),
            "rpn": rpn_logits(model, config, case, kept[case["rpn"][0] - 1], positions, columns)}
@@ -160,7 +169,7 @@ def second_look(model, config, case, shot, seen, grid, ids, columns):
     logits = model.lm_head(run(model, embeds, positions).last_hidden_state)[0, P:]
     rows = sorted({*range(0, len(logits), 7), len(logits) - 1})
     return {"two.crop": torch.tensor(box).int(), "two.keep": keep, "two.rows": torch.tensor(rows).int(),
-            "two.logits": logits[rows], "two.tokens": greedy(model, embeds, positions)[0]}
+            "two.logits": logits[rows], "two.tokens": answer(model, embeds, positions)[0]}
 
 
 @torch.no_grad()
@@ -176,16 +185,13 @@ def golden(case):
         model, config, case, shot, seen, grid, ids, columns)
 
 
-def main():
-    for name, case in CASES.items():
+def write(cases, golden):
+    """Write golden(case) of each case to a file beside this one."""
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
+    for name, case in cases.items():
         tensors = {key: t.contiguous().clone() for key, t in golden(case).items()}
-        path = HERE / f"{name}.safetensors"
-        made_with = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
-        save_file(tensors, path, dict(made_with=made_with))
-        print(f"{path.name}  {path.stat().st_size // 1024} KB  T={len(tensors['ids'])}  "
-              f"kept {int(tensors['two.keep'].sum())} of {tensors['two.keep'].numel()}  "
-              f"{tensors['tokens'].tolist()} {tensors['two.tokens'].tolist()}")
+        save_file(tensors, HERE / f"{name}.safetensors", {"made_with": versions})
 
 
 if __name__ == "__main__":
-    main()
+    write(CASES, golden)

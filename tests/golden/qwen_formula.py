@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from deepseek_formula import with_bias
 from formula import HERE, SHORT, _block as block, weight
 
 NEW_TOKENS = 20  # greedy tokens per case
@@ -105,15 +106,13 @@ def shapes(c):
         out["lm_head.weight"] = (c["vocab_size"], h)
     for n in range(c["num_hidden_layers"]):
         out |= _decoder_block(f"model.layers.{n}", c)
-    both = {"visual.merger.mlp.0": (4 * w, 4 * w), "visual.merger.mlp.2": (h, 4 * w)}  # with biases
+    both = {"visual.merger.mlp.0": (4 * w, 4 * w), "visual.merger.mlp.2": (h, 4 * w)}
     for n in range(v["depth"]):
         layer = f"visual.blocks.{n}."
         out[layer + "norm1.weight"] = out[layer + "norm2.weight"] = (w,)
         both |= {layer + "attn.qkv": (3 * w, w), layer + "attn.proj": (w, w), layer + "mlp.gate_proj": (m, w),
                  layer + "mlp.up_proj": (m, w), layer + "mlp.down_proj": (w, m)}
-    for name, shape in both.items():
-        out |= {name + ".weight": shape, name + ".bias": shape[:1]}
-    return out
+    return out | with_bias(both)
 
 
 def tensors(config):
@@ -160,12 +159,11 @@ def write_checkpoint(folder, config, spelling="hub", layout="flat", budget=(3136
     files = {
         "config.json": config if layout == "flat" else nested(config),
         "preprocessor_config.json": dict(
-            image_processor_type="Qwen2VLImageProcessor", patch_size=14, temporal_patch_size=2, merge_size=2,
+            patch_size=14, temporal_patch_size=2, merge_size=2,
             image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711],
             min_pixels=budget[0], max_pixels=budget[1]),
         "generation_config.json": dict(
-            bos_token_id=first, pad_token_id=first, eos_token_id=[first + 2, first], do_sample=True,
-            repetition_penalty=1.05, temperature=0.1, top_k=1)}
+            eos_token_id=[first + 2, first], do_sample=True, repetition_penalty=1.05, temperature=0.1)}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
     shutil.copy(HERE / "qwen_tokenizer.json", folder / "tokenizer.json")
