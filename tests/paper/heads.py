@@ -27,7 +27,7 @@ from sdrpn import (assign_labels, bounding_cells, response_attention, teacher_qu
                    training_view)                                                        # on the path only now)
 
 LONG = 1.5  # times the median norm: longer tokens count as sinks in the report
-CONSTANTS = (None, 10.0, 6.0, 4.0, 3.0, 2.5, 2.0, 1.7, 1.5, 1.3)  # c of the sink criterion to try; None: no sink
+CONSTANTS = (math.inf, 10.0, 6.0, 4.0, 3.0, 2.5, 2.0, 1.7, 1.5, 1.3)  # c of the sink criterion to try; inf: no sink
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Seen:
     """What every head attended to while one question was answered."""
     maps: torch.Tensor    # (L, H, N) softmax over the image, mean over the response's rows
     mass: torch.Tensor    # (L, H) share of the ordinary softmax that lies on the image
-    norms: torch.Tensor   # (L, N) lengths of the image tokens entering each layer
+    norms: torch.Tensor   # (L, N) lengths of the image tokens entering each layer, in medians
     grid: tuple           # (h, w)
     inside: torch.Tensor  # (N,) bool, the cells of the true box; None without boxes
 
@@ -45,35 +45,30 @@ def observe(m, recipe, picture, q, max_new_tokens):
     """One question of one turn -> Seen, or None if the answer is empty. recipe: how the teacher is shown it."""
     pixels, letterbox = training_view(m, recipe, picture)
     prefix = m.prefill(pixels[None], keep=range(m.depth))
-    tail = m.embed(m.tail(m.prompt_ids(teacher_question(recipe, q["question"][-1]))))  # (1, t, D)
-    columns, cache, t = prefix.columns, prefix.cache, tail.shape[1]
-    T = columns.stop + t
-    m.reserve(cache, T + max_new_tokens)
-    hidden = m.run(tail, 0, m.depth, m.text_rope(prefix.position, t), cache, columns.stop)
+    cache, columns = prefix.cache, prefix.columns
     cache.queries = {layer: [] for layer in range(m.depth)}
-    m.decode(hidden[:, -1], cache, T, prefix.position + t, max_new_tokens)
-    if not cache.queries[0]:
-        return None
-    layers = []
-    for layer, queries in cache.queries.items():
-        rows = torch.cat(queries, 2)[0]  # (H, m, d)
-        k = cache.k[layer][0, :, :T + rows.shape[1]]  # (Hkv, T+m, d)
-        layers.append((response_attention(rows, k, columns, T, "image").cpu(),
-                       response_attention(rows, k, columns, T, "sequence").sum(-1).cpu(),
-                       prefix.hidden[layer][0, columns].float().norm(dim=-1).cpu()))
-    inside = letterbox.cells_of(q["boxes"]).flatten() if q.get("boxes") else None
-    return Seen(*map(torch.stack, zip(*layers)), letterbox.grid, inside)
+    m.generate(picture, teacher_question(recipe, q["question"][-1]), max_new_tokens, prefix=prefix)
+    maps, mass, norms = [], [], []
+    for layer, (tail, *steps) in cache.queries.items():  # of the question, of each response token
+        if not steps:
+            return None
+        rows, T = torch.cat(steps, 2)[0], columns.stop + tail.shape[2]  # (H, m, d)
+        k = cache.k[layer][0, :, :T + len(steps)]  # (Hkv, T+m, d)
+        maps.append(response_attention(rows, k, columns, T))
+        mass.append(response_attention(rows, k, columns, T, "sequence").sum(-1))
+        norm = prefix.hidden[layer][0, columns].float().norm(dim=-1)
+        norms.append(norm / norm.median())
+    inside = letterbox.cells_of(q["boxes"]).flatten() if q["boxes"] else None
+    return Seen(*(torch.stack(of_layers).cpu() for of_layers in (maps, mass, norms)), letterbox.grid, inside)
 
 
 def without_sinks(maps, norms, c):
-    """Eq. 1 with tau_norm = c x the median norm: maps and norms (..., N); c None: as they are.
+    """Eq. 1 with tau_norm = c x the median norm: maps and norms in medians, (..., N).
 
     >>> without_sinks(torch.tensor([.2, .8]), torch.tensor([1., 4.]), 3.0)
     tensor([0.2000, 0.0000])
     """
-    if c is None:
-        return maps
-    return maps.masked_fill(norms > c * norms.median(-1, keepdim=True).values, 0.0)
+    return maps.masked_fill(norms > c, 0.0)
 
 
 def shares(one):
@@ -150,7 +145,7 @@ def worth(seen, pairs, c):
 
 
 def choose(seen, gaze):
-    """-> the recipe's (layer, head) pairs, and c of its sink criterion (None: no sink is removed).
+    """-> the recipe's (layer, head) pairs, and c of its sink criterion (inf: no sink is removed).
 
     gaze (L, H) bool: the heads that may be chosen. Candidates are the best 1 to 8 of them, compared by the labels
     they make. Without boxes nothing tells them apart: the best three of all, c = 4.
@@ -163,18 +158,16 @@ def choose(seen, gaze):
 
 
 def parking(seen):
-    """How each layer parks -> lists of L: longest norm in medians, long tokens in %, attention on them in %.
+    """How each layer parks -> (3, L): longest norm in medians, long tokens in %, attention on them in %.
 
     Long: above LONG x the median norm. Attention: on the image, mean of all heads.
     """
-    longest, tokens, attention = [], [], []
+    found = []
     for one in seen:
-        median = one.norms.median(-1, keepdim=True).values
-        long = one.norms > LONG * median  # (L, N)
-        longest.append(one.norms.amax(-1) / median[:, 0])
-        tokens.append(100 * long.float().mean(-1))
-        attention.append(100 * (one.maps * long[:, None]).sum(-1).mean(-1))
-    return [torch.stack(values).mean(0).tolist() for values in (longest, tokens, attention)]
+        long = one.norms > LONG  # (L, N)
+        on_long = (one.maps * long[:, None]).sum(-1).mean(-1)
+        found.append(torch.stack([one.norms.amax(-1), 100 * long.float().mean(-1), 100 * on_long]))
+    return torch.stack(found).mean(0)
 
 
 def parks(tokens, attention):
@@ -188,11 +181,10 @@ def parks(tokens, attention):
 
 def report(seen):
     """A line for each layer, the best heads, the layers that park -> lines of text."""
-    scores, gaze, columns = head_scores(seen), beats_chance(seen), parking(seen)
-    rows, parked = [], []
-    for layer, (norm, tokens, attention) in enumerate(zip(*columns)):
+    scores, gaze, rows, parked = head_scores(seen), beats_chance(seen), [], []
+    for layer, (norm, tokens, attention) in enumerate(parking(seen).T.tolist()):
         own = scores[layer]
-        rows.append([f"{layer}", f"{own.mean():.3f}", f"{own.max():.3f}", f"{int(gaze[layer].sum())}", f"{norm:.1f} x",
+        rows.append([f"{layer}", f"{own.mean():.3f}", f"{own.max():.3f}", f"{gaze[layer].sum()}", f"{norm:.1f} x",
                      f"{tokens:.1f} %", f"{attention:.1f} %"])
         if parks(tokens, attention):
             parked.append(str(layer))
@@ -203,10 +195,9 @@ def report(seen):
     if seen[0].inside is None:
         return ["attention on the image x (1 - spatial entropy): without true boxes nothing tells these heads from "
                 "chance; look at train.py's report.png", *lines]
-    chance = inside_and_chance(seen)[1].mean().item()
     return [f"share of the attention inside the true box, sinks not counted; mean of {len(seen)} questions", *lines,
-            f"gaze heads: {int(gaze.sum())} of {gaze.numel()} hold more in the true box than in the boxes of other "
-            f"questions ({chance:.3f})"]
+            f"gaze heads: {gaze.sum()} of {gaze.numel()} hold more in the true box than in the boxes of other "
+            f"questions ({inside_and_chance(seen)[1].mean():.3f})"]
 
 
 if __name__ == "__main__":
