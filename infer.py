@@ -188,7 +188,11 @@ def save_picture(drawing, args):
     path = Path(args.save or ROOT / "out" / f"{stem}.{'explain' if args.explain else 'roi'}.png")
     if args.save is None or args.question is None:
         path = take_name(path)
-    save(drawing, path)
+    try:
+        save(drawing, path)
+    finally:
+        if path.is_file() and path.stat().st_size == 0:  # reserved, and then the disk was full
+            path.unlink()
     log(f"picture {path}")
 
 

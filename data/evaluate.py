@@ -35,6 +35,8 @@ def evaluate(m, rpn, recipe, path, images=None, mode="mask", tau=None, limit=Non
     the first questions. fresh: answer again. out: a file for answers and boxes. BadInput if more
     than max_bad percent of the questions can not be answered.
     """
+    if out and Path(out).resolve() == Path(path).resolve():
+        raise BadInput(f"--out {out}: is the question file itself; name another file")
     questions, root = read_questions(path, images)
     questions = questions[:limit]
     for q in questions:
@@ -116,14 +118,14 @@ def ask_all(m, rpn, questions, root, kept, max_bad):
 
     new = [q for q in questions if any(q["key"] not in answers for answers in kept.values())]
     log(f"{len(new)} of {len(questions)} questions are new; "
-        f"answers are kept in {kept['plain'].path.parent}")
+        f"answers are kept in {kept['plain'].path.parent}; after a change of the code use --fresh")
     began, bad, image = now(m), 0, None
     loading = read_ahead(lambda q: attempt(load, q), ([q] for q in new))
     for n, (q, (problem,)) in enumerate(zip(new, loading), 1):
         if not isinstance(problem, BadInput):
             picture, pixels = problem
             if q["image"] != image:
-                prefix, start = None, now(m)  # None gives the memory of the last one back
+                prefix, image, start = None, None, now(m)  # the memory of the last one is free
                 prefix = m.prefill(pixels, keep=[rpn.frozen] if rpn else [])
                 seconds, image = now(m) - start, q["image"]
             problem = attempt(ask, m, rpn, picture, q, kept, prefix, seconds)

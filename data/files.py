@@ -22,6 +22,8 @@ def write_file(path, write):
     """
     partial = path.with_name(path.name[:60] + ".partial")
     with reading(path, "not written; check the folder and the free space"):
+        if path.exists() and not path.is_file():
+            raise ValueError("is no regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.touch()
