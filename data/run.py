@@ -41,7 +41,6 @@ from data.files import load_state, save_state, write_file, write_rows, write_tex
 from data.program import gather, log, processes
 
 LABELS = "labels/*-*of*.safetensors"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def read_ahead(load, steps, ahead=2, threads=4):
@@ -181,7 +180,8 @@ class Run:
         load(number) -> a sample, in a background thread. Where it raises BadInput, the sample is
         skipped when its step comes.
         """
-        before = [signal.signal(each, self.ask_to_stop) for each in SIGNALS]
+        before = {each: signal.signal(each, self.ask_to_stop)
+                  for each in (signal.SIGINT, signal.SIGTERM)}
         self.first, self.began = self.step, time.monotonic()
         saved = self.began
         try:
@@ -206,8 +206,9 @@ class Run:
                         "to resume")
                     sys.exit(130)
         finally:
-            for each, handler in zip(SIGNALS, before):
+            for each, handler in before.items():
                 signal.signal(each, handler)
+
     def shares(self):
         """This process's samples of every step; their order follows from seed and epoch alone."""
         for epoch in range(self.epochs):
@@ -267,6 +268,6 @@ class Run:
                            "find better heads with `python tests/paper/tables.py heads`, put its "
                            "recipe.json beside config.json, and start over with --fresh")
         if self.rank == 0:
-            facts |= {"step": self.step}
+            facts = facts | {"step": self.step}
             write_file(self.out / "rpn.safetensors", lambda partial: rpn.save(partial, facts))
             (self.out / "resume.safetensors").unlink(missing_ok=True)

@@ -101,14 +101,17 @@ def test_a_killed_run_resumes_bit_by_bit(made, tmp_path):
 
 def test_two_processes_are_one(made, tmp_path):
     """The second is asked to stop in the first step and fails in the third; the same command resumes both."""
-    def fail():
-        if os.environ.get("RANK") == "1":
-            raise BadInput("the second process has had enough")
-
     def stop():
         if os.environ.get("RANK") == "1":
             send("SIGTERM")()
-    flags = ["--dtype", "float64", "--save-every", 0]
+
+    def fail():
+        if os.environ.get("RANK") == "1":
+            raise BadInput("the second process has had enough")
+    data, lines = made.data.with_name("two-bad.jsonl"), rows_of(made.data)
+    lines[3]["image"] = lines[8]["image"] = "none.png"
+    write_rows(data, lines)
+    flags = ["--dtype", "float64", "--save-every", 0, "--data", data, "--max-bad", 20]
     one, two = argv(made, tmp_path / "one", *flags), argv(made, tmp_path / "two", *flags)
     with in_step(0, stop):
         assert [code for code, _, _ in call_two(train, *two)] == [130, 130]
@@ -117,10 +120,12 @@ def test_two_processes_are_one(made, tmp_path):
     assert (first, second) == (1, 2) and err == "train.py: the second process has had enough\n"
     assert "resuming at step 1 of 4" in said and "train.py:" not in said
     assert [code for code, _, _ in call_two(train, *two)] == [0, 0] and call(train, *one)[0] == 0
-    one, two = (load_file(tmp_path / name / "rpn.safetensors") for name in ("one", "two"))
-    assert max((one[key] - two[key]).abs().max() for key in one) < 1e-9
-    assert max(abs(a - b) for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True)) < 1e-9
-    assert len(list((tmp_path / "two/labels").iterdir())) == 4
+    one, two = tmp_path / "one", tmp_path / "two"
+    ours, theirs = (load_file(run / "rpn.safetensors") for run in (one, two))
+    assert max((ours[key] - theirs[key]).abs().max() for key in ours) < 1e-9
+    assert max(abs(a - b) for a, b in zip(losses(one), losses(two), strict=True)) < 1e-9
+    assert sorted(row["sample"] for row in rows_of(two / "skipped.jsonl")) == [3, 8]
+    assert len(list((two / "labels").iterdir())) == 4
 
 
 def test_labels_are_made_once(made, half, monkeypatch):
