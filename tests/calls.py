@@ -63,7 +63,7 @@ def tiny(folder, shards=1):
 
 def question_file(folder, count):
     """`count` questions over small pictures, with answers and boxes; every eighth is a conversation."""
-    (folder / "pictures").mkdir(parents=True)
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
     lines = []
     for i in range(count):
         picture(40 + 3 * i % 50, 70 - i % 40, i).save(folder / "pictures" / f"{i}.png")
@@ -144,9 +144,15 @@ def call_two(program, *words):
         return pool.starmap(in_rank, [(rank, port, program.__name__, words) for rank in (0, 1)])
 
 
+def forget_limits():
+    """In a new process: other tests may be filling a disk just now (room_for)."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
 def shell(*words, folder=ROOT):
     """A real process -> its result, in bytes."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, timeout=600)
+    return subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, timeout=600,
+                          preexec_fn=forget_limits)
 
 
 # ---- what a run left
