@@ -144,8 +144,8 @@ def python(*arguments, cwd, path=None):
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     if path is not None:
         environment["PYTHONPATH"] = str(path)
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, preexec_fn=forget_limits,
-                          text=True, timeout=120)
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True,
+                          preexec_fn=forget_limits, text=True, timeout=120)
 
 
 def places(tmp_path):
