@@ -13,6 +13,7 @@ b batch.
 """
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -34,16 +35,20 @@ class Work:
         self.q, self.kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.words = self.D * c.vocab_size
         self.weights = 2 * self.D * (self.q + self.kv) + 3 * self.D * self.inner  # of one layer
-        pixels = m.pixels(Image.new("RGB", (side, side)))[None]
-        self.grid = m.token_grid(pixels)
+        self.m, self.pixels = m, m.pixels(Image.new("RGB", (side, side)))[None]
+        self.grid = m.token_grid(self.pixels)
         self.N = self.grid[0] * self.grid[1]
-        with torch.no_grad(), FlopCounterMode(display=False) as tower:
-            features = m.features(pixels)
-        with torch.no_grad(), FlopCounterMode(display=False) as projector:
-            m.project(features)
-        self.tower, self.projector = tower.get_total_flops(), projector.get_total_flops()
         self.parameters = sum(p.numel() for p in m.parameters()) - c.tied * self.words
         self.rpn_parameters = (self.R - 1) * self.weights + self.D * (self.q + self.kv)
+
+    @cached_property
+    def image(self):
+        """FLOPs of the tower, and of the projector."""
+        with torch.no_grad(), FlopCounterMode(display=False) as tower:
+            features = self.m.features(self.pixels)
+        with torch.no_grad(), FlopCounterMode(display=False) as projector:
+            self.m.project(features)
+        return tower.get_total_flops(), projector.get_total_flops()
 
     def layer(self, t, start=0):
         return 2 * t * self.weights + 4 * self.q * (t * start + t * (t + 1) // 2)
@@ -80,7 +85,7 @@ class Work:
     def encode(self, images=1, projected=None):
         """The tower, and the projector on that many tokens, by default on all."""
         share = images if projected is None else projected / self.N
-        return images * self.tower + share * self.projector
+        return images * self.image[0] + share * self.image[1]
 
     # ---- bytes
 

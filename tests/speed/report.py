@@ -38,6 +38,7 @@ import qwen_formula
 import slow
 import train
 from clip import load_image, preprocess
+from data.checkpoints import TOY
 from data.run import read_ahead
 from data.toy.scenes import ToyQuestions
 from model import ROOT, load
@@ -58,29 +59,28 @@ MODELS = [  # layers if not all, parts; the small model of each family first
 # ------------------------------------------------------------------------------------------- what is kept
 
 def stamp(device):
-    """The machine, the versions, the commit, in one line."""
+    """The machine, the versions, the commit (and a short name of what was changed since), in one line."""
+    cpu = Path("/proc/cpuinfo")
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     else:
-        cpu = Path("/proc/cpuinfo")
         found = re.search(r"model name\s*: (.*)", cpu.read_text()) if cpu.is_file() else None
         name = f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
-    return f"{name}, torch {torch.__version__}, Python {platform.python_version()}, commit {commit()}"
+    commit, changed = git("rev-parse", "--short", "HEAD"), git("diff", "HEAD", "--", "*.py")
+    if changed:
+        commit += f"+{hashlib.sha256(changed.encode()).hexdigest()[:6]}"
+    return f"{name}, torch {torch.__version__}, Python {platform.python_version()}, commit {commit}"
 
 
-def commit():
-    """The commit; with what was changed since, as a short name of the change."""
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    changed = git("diff", "HEAD", "--", "*.py").encode()
-    return git("rev-parse", "--short", "HEAD") + (f"+{hashlib.sha256(changed).hexdigest()[:6]}" if changed else "")
+def git(*words):
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
-def line(name, measured, bound=None, unit="", note=""):
+def line(name, measured, bound=None, unit=""):
     """A row of a table, as text."""
     def show(x):
         return "" if x is None else f"{x:,.{3 if abs(x) < 10 else 1 if abs(x) < 1000 else 0}f}{unit}"
-    return f"{name:66}{show(measured):>14}{show(bound):>12}  {note}".rstrip()
+    return f"{name:66}{show(measured):>14}{show(bound):>12}".rstrip()
 
 
 def keep(path, entry, part, facts="", rows=(), why=None):
@@ -111,43 +111,41 @@ def block(results):
 # ------------------------------------------------------------------- the device's answers are the CPU's
 
 def check(device, count=20):
-    """The toy's answers and the golden cases on this device in float32, against the CPU's (a CPU: its float64)."""
+    """Answers on this device in float32, against the CPU's (a CPU's: its own in float64)."""
     torch.backends.cudnn.allow_tf32 = False
     other = "float32" if device.type == "cuda" else "float64"
-    found, cases = [], list(golden_cases())
-    for where, dtype in ((device, "float32"), ("cpu", other)):
-        m = load(ROOT / "data/toy/llava-toy", where, dtype)
-        rpn = RPN.load(m.folder / "rpn.safetensors", m)
-        for picture, q in ToyQuestions("bench", count):
-            got = answer(m, rpn, picture, q["question"][-1], max_new_tokens=16)
-            plain = m.generate(picture, q["question"][-1], 16, prefix=got.prefix)
-            found.append((got.logits, got.text, got.boxes, plain))
-        for module, config, case in cases:
-            found.append(golden(module, config, case, where, dtype))
-    ours, theirs = found[:len(found) // 2], found[len(found) // 2:]
-    same = [a[1:] == b[1:] for a, b in zip(ours, theirs)]
-    off = [(a[0].double() - b[0].double()).abs().max().item() for a, b in zip(ours, theirs)]
-    yield f"the toy, answers and crops equal the CPU's in {other}, of {count}", sum(same[:count]), count
-    yield "    largest difference of an RPN logit", max(off[:count]), None
-    yield f"golden cases, greedy answers equal the CPU's in {other}, of {len(cases)}", sum(same[count:]), len(cases)
-    yield "    largest difference of a logit", max(off[count:]), 1e-3
+    parts = ("the toy, answers and crops", toy_answers), ("golden cases, greedy answers", golden_answers)
+    for name, answers in parts:
+        ours, theirs = answers(device, "float32", count), answers("cpu", other, count)
+        same = [a[1:] == b[1:] for a, b in zip(ours, theirs)]
+        off = [(a[0].double() - b[0].double()).abs().max().item() for a, b in zip(ours, theirs)]
+        yield f"{name} equal the CPU's in {other}, of {len(same)}", sum(same), len(same)
+        yield "    largest difference of a logit", max(off), 1e-3
 
 
-def golden_cases():
-    """-> (family's module, config, case) of every golden case."""
+def toy_answers(device, dtype, count):
+    """-> [(the RPN's logits, answer, crops, plain answer)] of so many of the toy's questions."""
+    m, found = load(TOY, device, dtype), []
+    rpn = RPN.load(TOY, m)
+    for picture, q in ToyQuestions("bench", count):
+        got = answer(m, rpn, picture, q["question"][-1], max_new_tokens=16)
+        found.append((got.logits, got.text, got.boxes, m.generate(picture, q["question"][-1], 16, prefix=got.prefix)))
+    return found
+
+
+def golden_answers(device, dtype, count):
+    """-> [(logits of the prompt, greedy answer)] of so many golden cases of each family."""
+    found = []
     for module in formula, deepseek_formula, qwen_formula:
         configs = getattr(module, "TINY", module.CONFIGS)
-        for case in module.CASES.values():
-            yield module, configs[case["config"]], case
-
-
-def golden(module, config, case, device, dtype):
-    """A tiny model's logits of a prompt, on the CPU, and its greedy answer."""
-    with tempfile.TemporaryDirectory() as folder:
-        how = {"budget": case["budget"]} if "budget" in case else {}
-        m = load(module.write_checkpoint(Path(folder), config, **how), device, dtype)
-    picture, text = formula.picture(*case["picture"]), module.prompt(case["question"], case["history"])
-    return slow.logits(m, picture, text).cpu(), m.generate(picture, case["question"], 16, case["history"])
+        for case in list(module.CASES.values())[:count]:
+            how = {"budget": case["budget"]} if "budget" in case else {}
+            with tempfile.TemporaryDirectory() as folder:
+                m = load(module.write_checkpoint(Path(folder), configs[case["config"]], **how), device, dtype)
+            picture, question, history = formula.picture(*case["picture"]), case["question"], case["history"]
+            logits = slow.logits(m, picture, module.prompt(question, history)).cpu()
+            found.append((logits, m.generate(picture, question, 16, history)))
+    return found
 
 
 # ------------------------------------------------------------------------------------- a busy machine
@@ -167,24 +165,30 @@ def busy(device):
     for load_name, programs in (("quiet", 0), ("beside 2 busy programs", 2)):
         for name, settings in SETTINGS.items():
             environment = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")} | settings
+            how = dict(cwd=ROOT, env=environment, check=True, capture_output=True)
             with busy_programs(programs), tempfile.TemporaryDirectory() as folder:
                 seconds = []
                 for _ in range(3):
                     began = time.perf_counter()
-                    subprocess.run([sys.executable, *ASK], cwd=ROOT, env=environment, check=True, capture_output=True)
+                    subprocess.run([sys.executable, *ASK], **how)
                     seconds.append(time.perf_counter() - began)
-                subprocess.run([sys.executable, "-c", TRAIN, f"{folder}/run"], cwd=ROOT, env=environment, check=True,
-                               capture_output=True)
-                first, *others = map(json.loads, Path(folder, "run", "log.jsonl").read_text().splitlines())
-            yield (f"infer.py on the toy, {load_name}, {name}", statistics.median(seconds), None, " s",
-                   f"worst {max(seconds):.1f} s")
-            rate = sum(step["samples"] for step in others) / (others[-1]["seconds"] - first["seconds"])
+                subprocess.run([sys.executable, "-c", TRAIN, f"{folder}/run"], **how)
+                rate = training_rate(Path(folder, "run"))
+            yield f"infer.py on the toy, {load_name}, {name}", statistics.median(seconds), None, " s"
+            yield "    the worst of three", max(seconds), None, " s"
             yield f"    train.py on the toy, {load_name}, {name}", rate, None, " /s"
+
+
+def training_rate(run):
+    """Samples a second of a run's folder, its first step left out."""
+    first, *others = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return sum(step["samples"] for step in others) / (others[-1]["seconds"] - first["seconds"])
 
 
 @contextlib.contextmanager
 def busy_programs(count):
-    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    spin = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+    running = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(count)]
     try:
         yield
     finally:
@@ -216,7 +220,7 @@ def reading(device, steps=40, batch=4):
     yield "reading and scaling a picture of 640 x 480", 1000 * one, None, " ms"
     for name, each in seconds.items():
         yield f"pictures per second, {name} reading ahead", batch / each, 1 / one, " /s"
-    yield "a step with reading ahead / its larger half", seconds["with"] / (batch * one), 1, " x", "target 1.15"
+    yield "a step with reading ahead / its larger half", seconds["with"] / (batch * one), 1, " x"
 
 
 # ------------------------------------------------------------------------------------ memory, from shapes
@@ -244,44 +248,42 @@ class Peak(TorchDispatchMode):
 
 
 def training_bytes(name, batch=8, layers=None):
-    """The most that train.py holds at once in bfloat16: two steps of two groups, the teacher's prompt and the student.
+    """The most that train.py holds at once in bfloat16: the last group of a step, the teacher's prompt and the student.
 
     From the shapes of fake tensors; nothing is computed. Libraries and the allocator's waste are not counted.
     """
-    m, _, recipe = skeleton(name, layers)
-    shape, B = m.pixels(Image.new("RGB", (SQUARE, SQUARE))).shape, recipe.frozen_layers
-    with FakeTensorMode():
-        m, rpn, _ = skeleton(name, layers)
-        with Peak() as peak:
-            m.load_state_dict({key: torch.empty(p.shape, dtype=torch.bfloat16) for key, p in m.state_dict().items()},
-                              assign=True)
-            rpn.load_state_dict({key: torch.empty(p.shape) for key, p in rpn.state_dict().items()}, assign=True)
-            m.requires_grad_(False)
-            optimizer = torch.optim.AdamW(rpn.parameters(), fused=True)
-            for group in range(4):
-                with torch.no_grad():
-                    prefix = m.prefill(torch.empty(batch, *shape), keep=train.prefix_layers(recipe))
-                    tail = m.embed(m.tail(m.prompt_ids(QUESTION))).repeat(batch, 1, 1)
-                    rope, P = m.text_rope(prefix.position, tail.shape[1]), prefix.columns.stop
-                    tail = m.run(tail, 0, B, rope, prefix.cache, P)
-                    m.head(m.run(tail, B, m.depth, rope, prefix.cache, P)[:, -1])
-                hidden, columns = torch.cat([prefix.hidden[B], tail], 1), prefix.columns
-                rope = torch.cat([prefix.rope, rope], 1)
-                del prefix
-                with torch.autocast("cpu", torch.bfloat16):
-                    scores = rpn.score(hidden, columns, [-1], rope)
-                train.group_loss(scores, torch.ones(batch, 1, scores.shape[-1])).backward()
-                if group % 2:
-                    optimizer.step()
-                    optimizer.zero_grad()
+    shape = skeleton(name)[0].pixels(Image.new("RGB", (SQUARE, SQUARE))).shape
+    with FakeTensorMode(), Peak() as peak:
+        m, rpn, recipe = skeleton(name, layers)
+        B = recipe.frozen_layers
+        for module, dtype in (m, torch.bfloat16), (rpn, torch.float32):
+            weights = {key: torch.empty(p.shape, dtype=dtype) for key, p in module.state_dict().items()}
+            module.load_state_dict(weights, assign=True)
+        m.requires_grad_(False)
+        del weights
+        for p in rpn.parameters():
+            p.grad = torch.empty_like(p)  # of the groups before
+        optimizer = torch.optim.AdamW(rpn.parameters(), fused=True)
+        optimizer.step()  # makes its moments
+        with torch.no_grad():
+            prefix = m.prefill(torch.empty(batch, *shape), keep=train.prefix_layers(recipe))
+            tail = m.embed(m.tail(m.prompt_ids(QUESTION))).repeat(batch, 1, 1)
+            rope, P = m.text_rope(prefix.position, tail.shape[1]), prefix.columns.stop
+            tail = m.run(tail, 0, B, rope, prefix.cache, P)
+            m.head(m.run(tail, B, m.depth, rope, prefix.cache, P)[:, -1])
+        hidden, columns = torch.cat([prefix.hidden[B], tail], 1), prefix.columns
+        rope = torch.cat([prefix.rope, rope], 1)
+        del prefix
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = rpn.score(hidden, columns, [-1], rope)
+        train.group_loss(scores, torch.ones(batch, 1, scores.shape[-1])).backward()
     return peak.peak
 
 
 def memory(device):
     for name in CONFIGS:
         if name not in (*TINY, "small"):
-            yield (f"{name}: a training step of 8 samples, bfloat16", training_bytes(name) / 2 ** 30, None, " GiB",
-                   "from shapes, not measured")
+            yield f"{name}: a training step of 8 samples, bfloat16", training_bytes(name) / 2 ** 30, None, " GiB"
 
 
 ALONE = {"check": check, "busy": busy, "reading": reading, "memory": memory}
@@ -298,8 +300,7 @@ def bench_process(words, seconds):
 
 def main(args, log, run=bench_process):
     """Everything within --minutes: a block of text, then one line of JSON."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    cuda, head = device.type == "cuda", stamp(device)
+    cuda, head = args.device.type == "cuda", stamp(args.device)
     until = time.time() + 60 * (args.minutes or (8 if cuda else 90))
     store = ROOT / "out" / "bench" / (re.sub(r"[^\w.+-]+", "-", head) + ".jsonl")
     print(f"results so far: {store}", file=sys.stderr, flush=True)
@@ -307,17 +308,15 @@ def main(args, log, run=bench_process):
         parts = [part for part in parts if part in (args.only or parts)]
         if not parts or name and args.models and name not in args.models or cuda and (layers or parts == ["busy"]):
             continue
-        words = ["--only", *parts, "--results", store, "--repeat", args.repeat]
-        for flag, value in (("random", name), ("layers", layers), ("device", args.device), ("dtype", args.dtype)):
-            words += [f"--{flag}", value] if value else []
+        words = ["--only", *parts, "--results", store, "--repeat", args.repeat, "--device", args.device]
+        words += ["--random", name] if name else []
+        words += ["--layers", layers] if layers else []
         code = run([str(word) for word in words], until - time.time())
         if code != 0:
             why = "the minutes are over" if code is None else f"ended with {code}"
             print(f"{name or parts[0]}: {why}; the same command resumes", file=sys.stderr, flush=True)
         if code is None:
             break
-    results, rows = kept(store), {}
+    results = kept(store)
     log("\n".join(["```", head, f"python tests/speed/bench.py {' '.join(sys.argv[1:])}", *block(results), "```"]))
-    for part in results:
-        rows.setdefault(part["entry"], {}).update({row[0].strip(): row[1] for row in part["rows"]})
-    log(json.dumps({"machine": head, "rows": rows}))
+    log(json.dumps({"machine": head, "parts": results}))
