@@ -230,7 +230,7 @@ def parser():
              "trained with, in plain mode the model's own")
     add("--max-new-tokens", type=at_least_1,
         help="longest answer; default: 128, or what the file of questions says")
-    add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+    add("--device", help="cpu, cuda, cuda:1, or mps (untested); default: a GPU if there is one")
     add("--dtype", choices=DTYPES, help="default: the file's on a GPU; "
         "on a CPU float32 below 1 GB, else bfloat16")
     add("--save", metavar="FILE", help="where the picture goes, or none for no picture; "

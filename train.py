@@ -289,7 +289,7 @@ def parser():
     add("--held-out", type=at_least_1,
         help="toy: new questions to compare the methods on at the end; default: the recipe's")
     add("--save-every", type=float, default=300, help="seconds between resume points; default: 300")
-    add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+    add("--device", help="cpu, cuda, cuda:1, or mps (untested); default: a GPU if there is one")
     add("--dtype", choices=DTYPES,
         help="of the frozen weights; default: bfloat16, the toy on a CPU float32")
     add("--fresh", action="store_true", help="delete what --out holds and start over")
