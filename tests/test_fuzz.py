@@ -3,4 +3,4 @@ from fuzz import fuzz
 
 
 def test_damaged_files_end_in_one_line(tmp_path, capsys):
-    assert fuzz(0, 40, tmp_path) == 0, capsys.readouterr().out
+    assert fuzz(0, 30, tmp_path) == 0, capsys.readouterr().out

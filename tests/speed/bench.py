@@ -92,6 +92,8 @@ class Bench:
                       f"{self.machine.bandwidth / 1e9:.3g} GB/s read")
 
     def fill(self):
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()  # of measuring the machine
         give_weights(self.m, self.rpn, self.device, self.dtype)
         self.picture = Image.effect_noise((SQUARE, SQUARE), 60).convert("RGB")
         self.filled = True
@@ -288,8 +290,7 @@ class Bench:
             flops = w.encode() + w.plain(self.T) + 3 * w.rpn(self.T)  # of a sample
             bound = 1 / (machine.seconds(flops) + w.decode_seconds(machine, self.T, new, teacher) / teacher)
             name = f"label + train step, {batch} x {accumulate}, teacher batch {teacher}, answers of {new}"
-            yield (name, rate, bound,
-                   " /s")
+            yield name, rate, bound, " /s"
             yield ("    MFU: training step, decoding not counted", flops * rate / machine.peak,
                    flops * bound / machine.peak, "")
         yield "    peak memory of the whole bench", self.memory(), None, " GB"

@@ -4,7 +4,8 @@
 
 A case damages one file at random. It passes if the program ends with 0, or with 2 and one last line that begins with
 its name, without a traceback or a half-written file. Case i depends on (seed, i) alone.
-Left out: rubbish on the command line, killed runs (tests/test_run.py), hangs (stop it and look), what only a GPU does.
+Left out: rubbish on the command line, killed runs (tests/test_run.py), what only a GPU would do, and a time limit: if
+it hangs, stop it and look.
 """
 import argparse
 import json
@@ -56,7 +57,7 @@ SHORT = "--samples", 4, "--epochs", 1, "--batch-size", 2, "--grad-accum", 1, "--
 def damage(rng, source):
     """The bytes of a file, with an entry of its JSON replaced, or some bytes changed, cut or doubled."""
     content = source.read_bytes()
-    if source.suffix in (".json", ".jsonl") and rng.random() < 0.7:
+    if content and source.suffix in (".json", ".jsonl") and rng.random() < 0.7:
         lines = content.decode().splitlines() if source.suffix == ".jsonl" else [content.decode()]
         n = rng.randrange(len(lines))
         lines[n] = json.dumps(damage_json(rng, json.loads(lines[n])))

@@ -114,8 +114,8 @@ def check(device, count=20):
     """Answers on this device in float32, against the CPU's (a CPU's: its own in float64)."""
     torch.backends.cudnn.allow_tf32 = False
     other = "float32" if device.type == "cuda" else "float64"
-    parts = ("the toy, answers and crops", toy_answers), ("golden cases, greedy answers", golden_answers)
-    for name, answers in parts:
+    for name, answers in (("the toy, answers and crops", toy_answers),
+                          ("golden cases, greedy answers", golden_answers)):
         ours, theirs = answers(device, "float32", count), answers("cpu", other, count)
         same = [a[1:] == b[1:] for a, b in zip(ours, theirs)]
         off = [(a[0].double() - b[0].double()).abs().max().item() for a, b in zip(ours, theirs)]
@@ -187,8 +187,8 @@ def training_rate(run):
 
 @contextlib.contextmanager
 def busy_programs(count):
-    spin = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
-    running = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(count)]
+    code = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"  # it ends with this process
+    running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(count)]
     try:
         yield
     finally:
