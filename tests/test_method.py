@@ -18,7 +18,7 @@ import sdrpn
 import slow
 from clip import BadInput, preprocess, preprocess_crop
 from differ import load_golden
-from formula import CASES, CONFIGS, NEW_TOKENS, picture, rpn_tensors, tensors
+from formula import CASES, CONFIGS, NEW_TOKENS, picture, rpn_tensors
 from model import LLaVA
 from sdrpn import (RPN, Letterbox, Recipe, Region, answer, assign_labels, conversation, find_regions, kept_cells,
                    regions_above, remove_sink_tokens, response_attention, roi_loss, smooth, teach, upscale)
