@@ -121,15 +121,12 @@ def ask_all(m, rpn, questions, root, kept, max_bad):
         f"answers are kept in {kept['plain'].path.parent}; after a change of the code use --fresh")
     began, bad, image = now(m), 0, None
     loading = read_ahead(lambda q: attempt(load, q), ([q] for q in new))
-    for n, (q, (problem,)) in enumerate(zip(new, loading), 1):
-        if not isinstance(problem, BadInput):
-            picture, pixels = problem
-            if q["image"] != image:
-                prefix, image, start = None, None, now(m)  # the memory of the last one is free
-                prefix = m.prefill(pixels, keep=[rpn.frozen] if rpn else [])
-                seconds, image = now(m) - start, q["image"]
-            problem = attempt(ask, m, rpn, picture, q, kept, prefix, seconds)
-        if isinstance(problem, BadInput):
+    for n, (q, (loaded,)) in enumerate(zip(new, loading), 1):
+        if q["image"] != image:
+            image, seen = q["image"], None  # None gives the memory of the last one back
+            seen = loaded if isinstance(loaded, BadInput) else attempt(look, m, rpn, *loaded)
+        problem = seen if isinstance(seen, BadInput) else attempt(ask, m, rpn, q, kept, *seen)
+        if problem:
             bad += 1
             note(f"line {q['line']} is skipped: {problem}")
             if bad > max_bad / 100 * len(questions):
@@ -141,7 +138,14 @@ def ask_all(m, rpn, questions, root, kept, max_bad):
                 f"ETA {each * (len(new) - n):.0f} s")
 
 
-def ask(m, rpn, picture, q, kept, prefix, seconds):
+def look(m, rpn, picture, pixels):
+    """-> the picture, its prefix, and the seconds that this took."""
+    start = now(m)
+    prefix = m.prefill(pixels, keep=[rpn.frozen] if rpn else [])
+    return picture, prefix, now(m) - start
+
+
+def ask(m, rpn, q, kept, picture, prefix, seconds):
     """Ask all turns of a question, each after the model's own answers, and keep the last answer.
 
     seconds: what the prefix took; it is added as if nothing else had used it.
