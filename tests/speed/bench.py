@@ -3,6 +3,7 @@
     python tests/speed/bench.py --report                                # all that this machine can measure: report.py
     python tests/speed/bench.py --random small                          # every part, some minutes on two cores
     python tests/speed/bench.py --random llava-1.5-7b --only prefix --repeat 1     # 15 GB in bfloat16
+    python tests/speed/bench.py --random llava-1.5-7b --one-layer --only prefix --repeat 1    # where bfloat16 is slow
     python tests/speed/bench.py --random qwen2.5-vl-3b --device cuda
     python tests/speed/bench.py --only memory                           # memory of training, from shapes alone
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn as nn
 from PIL import Image
 
 from bounds import NEW, Machine, Work, best  # also puts the project on the path
@@ -77,7 +79,7 @@ class Bench:
         self.args, self.device, self.filled = args, args.device, False
         self.cuda, self.tiny = self.device.type == "cuda", args.random in TINY
         self.small = self.tiny or args.random == "small"
-        self.dtype = torch.float32 if self.small and not self.cuda else torch.bfloat16
+        self.dtype = torch.float32 if (self.small or args.one_layer) and not self.cuda else torch.bfloat16
         self.m, self.rpn, self.recipe = skeleton(args.random, args.layers)
         self.w = Work(self.m, self.recipe, SQUARE, self.dtype.itemsize)
         self.grid, self.N, self.batch = self.w.grid, self.w.N, 8 if self.cuda or self.tiny else 1
@@ -85,7 +87,7 @@ class Bench:
         self.T, self.P = len(self.ids) + self.N - 1, self.ids.index(self.m.config.image_token) + self.N
         self.n = round(300 / 576 * self.N)
         self.machine = Machine(self.device, self.dtype, self.tiny)
-        fewer = f", {args.layers} layers only" if args.layers else ""
+        fewer = f", {args.layers} layers only" if args.layers else ", one layer's weights" if args.one_layer else ""
         self.entry = f"{args.random}{fewer}, {str(self.dtype)[6:]}"
         self.facts = (f"{self.w.L} layers of {self.w.D}, B={self.w.B}, R={self.w.R}, prompt {self.T} tokens of which "
                       f"{self.N} are the image's; {self.machine.peak / 1e12:.3g} TFLOP/s in matmul, "
@@ -94,6 +96,9 @@ class Bench:
     def fill(self):
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()  # of measuring the machine
+        if self.args.one_layer:
+            layers = self.m.language_model.layers
+            self.m.language_model.layers = nn.ModuleList([layers[0]] * len(layers))
         give_weights(self.m, self.rpn, self.device, self.dtype)
         self.picture = Image.effect_noise((SQUARE, SQUARE), 60).convert("RGB")
         self.filled = True
@@ -332,7 +337,7 @@ class Bench:
         if part == "training":
             needed = report.training_bytes(self.args.random, layers=self.args.layers)
         room = free_bytes(self.device) + self.filled * self.w.answer_bytes(0, 0)
-        if needed > room:
+        if needed > room and not self.args.one_layer:
             raise MemoryError(f"needs {needed / 1e9:.1f} GB, {room / 1e9:.1f} are free")
         if not self.filled:
             self.fill()
@@ -350,6 +355,8 @@ def arguments(argv=None):
     add("--report", action="store_true", help="all that this machine can measure, and one line of JSON")
     add("--random", choices=CONFIGS, default="small", help="whose shapes; default: small")
     add("--layers", type=int, help="fewer decoder layers, at least 3; B and R shrink along")
+    add("--one-layer", action="store_true", help="all decoder layers share the first one's weights, so that little "
+        "memory holds any depth; float32 on a CPU")
     add("--device", help="cpu, cuda; default: a GPU if there is one")
     add("--only", nargs="+", choices=[*PARTS, *report.ALONE], help="parts; default: all of a model")
     add("--models", nargs="+", choices=CONFIGS, help="with --report: only these")
