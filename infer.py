@@ -124,7 +124,7 @@ def converse(m, rpn, recipe, picture, args):
 
 def typed_questions():
     log("ask about the picture; an empty line ends the conversation")
-    for line in sys.stdin:
+    for line in sys.stdin or ():
         if not line.strip():
             return
         yield line.strip()

@@ -70,7 +70,7 @@ def evaluate(m, rpn, recipe, path, images=None, mode="mask", tau=None, limit=Non
             rows.append({"kind": "all"} | q | found)
     if out:
         write_text(Path(out), "".join(result_line(row, kept) for row in rows))
-    return metrics.side_by_side(rows, rows, log, m.config) if rows else {"questions": 0}
+    return metrics.side_by_side(rows, log, m.config) if rows else {"questions": 0}
 
 
 def digest(facts):

@@ -460,14 +460,14 @@ def measures(rows):
     return cells
 
 
-def side_by_side(rows, questions, log=print, config=None):
+def side_by_side(rows, log=print, config=None):
     """Log a table of kinds and official figures beside the paper's -> a summary, in percent.
 
-    rows: {"kind", "answers", "plain": {...}, "two_stage"?: {...}}, one for each question. A row
-    without a score (its question has no answers) counts for times and boxes alone. config: the
-    model's; its sizes find the paper's figures.
+    rows: questions with what was answered, {"kind", "answers", ..., "plain": {...}, "two_stage"?:
+    {...}}. A row without a score (its question has no answers) counts for times and boxes alone.
+    config: the model's; its sizes find the paper's figures.
     """
-    said = {(q.get("metric", "exact"), q.get("benchmark")) for q in questions}
+    said = {(row.get("metric", "exact"), row.get("benchmark")) for row in rows}
     metric, benchmark = said.pop() if len(said) == 1 else (None, None)  # several
     rule = METRICS[metric or "exact"].official
     summary = {"questions": len(rows), "metric": metric}

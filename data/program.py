@@ -19,9 +19,10 @@ from clip import BadInput, printable
 
 
 def log(text):
-    """Print a line to stderr, from one process of several."""
+    """Print a line to stderr, from one process of several. A terminal that is gone stops nothing."""
     if processes()[0] == 0:
-        print(printable(text), file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(printable(text), file=sys.stderr, flush=True)
 
 
 def processes():
@@ -81,6 +82,7 @@ def run_program(parser, work, argv=None, memory="close other programs", again="s
             print(f"{parser.prog}:", BadInput(message), file=sys.stderr)
         sys.exit(code)
 
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None where it is closed
     parser.error = lambda message: fail(f"{message}; see --help")
     args = parser.parse_intermixed_args(argv)
     try:

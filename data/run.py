@@ -180,8 +180,9 @@ class Run:
         load(number) -> a sample, in a background thread. Where it raises BadInput, the sample is
         skipped when its step comes.
         """
-        before = {each: signal.signal(each, self.ask_to_stop)
-                  for each in (signal.SIGINT, signal.SIGTERM)}
+        stops = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")
+                 and signal.getsignal(each) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        before = {each: signal.signal(each, self.ask_to_stop) for each in stops}
         self.first, self.began = self.step, time.monotonic()
         saved = self.began
         try:

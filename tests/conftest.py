@@ -25,9 +25,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
-    """Tests marked `background` begin at once, one after the other, on the second core."""
+    """Tests marked `background` begin at once, the last one first, on the second core."""
     pool = ThreadPoolExecutor(1)
-    for item in session.items:
+    for item in reversed(session.items):
         if item.get_closest_marker("background") and not session.config.option.collectonly:
             params = item.callspec.params if hasattr(item, "callspec") else {}
             folder = session.config._tmp_path_factory.mktemp("background")
@@ -36,7 +36,8 @@ def pytest_collection_finish(session):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    if hasattr(pyfuncitem, "future"):
+    """A test that the second core has not begun yet is run here."""
+    if hasattr(pyfuncitem, "future") and not pyfuncitem.future.cancel():
         pyfuncitem.future.result()
         return True
 

@@ -153,7 +153,7 @@ def logged(metric, kinds, plain, two=(), config=LLAVA_7B, **benchmark):
                 row[name]["score"] = None
             if reply == "yes":
                 row[name] |= {"covers": True, "iou": 0.5}
-    summary = metrics.side_by_side(rows, rows, lines.append, config)
+    summary = metrics.side_by_side(rows, lines.append, config)
     return [" ".join(line.split()) for line in lines], summary
 
 

@@ -92,13 +92,13 @@ REGRESSED = Ablation("raw map, mean squared error", dict(make_targets=raw_target
 
 # ---- Table 3 #3: sinks stay
 
-def recipe_without_sinks(folder):
+def recipe_that_keeps_sinks(folder):
     recipe = sdrpn.load_recipe(folder)
     kinds = {kind: own | {"sink": None} for kind, own in recipe.kinds.items()}
     return replace(recipe, sink=None, kinds=kinds)
 
 
-WITH_SINKS = Ablation("sinks kept", dict(load_recipe=recipe_without_sinks))
+WITH_SINKS = Ablation("sinks kept", dict(load_recipe=recipe_that_keeps_sinks))
 
 
 # ---- Table 8: the Gaussian before the labels, none at inference (our reading of "pre-smoothing")
