@@ -1,7 +1,7 @@
 """
 Images + questions -> an RPN, distilled from the model's own attention: Algorithm 1.
 
-    python train.py                                  # the toy: two minutes, a table and a picture
+    python train.py                                  # the toy: three minutes, a table and a picture
     python train.py --ckpt llava-1.5-7b              # questions from data/llava_mix.jsonl
     torchrun --nproc_per_node 4 train.py --ckpt llava-1.5-7b
 

@@ -19,7 +19,7 @@ from clip import BadInput, printable
 
 
 def log(text):
-    """Print a line to stderr, from one process of several. A terminal that is gone stops nothing."""
+    """Print a line to stderr, from one process of several. A closed terminal stops nothing."""
     if processes()[0] == 0:
         with suppress(OSError):
             print(printable(text), file=sys.stderr, flush=True)
