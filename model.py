@@ -92,7 +92,7 @@ class Config:
     vision: object = None            # what the family's build_tower() takes
     budget: tuple = None             # (least, most) pixels, in families that take any size
     qkv_bias: bool = False           # q_proj, k_proj and v_proj have biases
-    final_norm: bool = True          # the RPN norms its states before the score layer (Eq. 4)
+    final_norm: bool = True          # the RPN norms its states before the score layer (Eq. 5)
     score_rope: bool = False         # the RPN's score layer rotates its q and k (Eq. 5)
     mrope_section: list = None       # frequencies of each axis, in families with M-RoPE
 

@@ -438,7 +438,7 @@ class RPN(nn.Module):
         """
         for block in self.twig_layers[:-1]:
             hidden = block(hidden, rope)  # (b, T, D), Eq. 3
-        queries = self.twig_norm(hidden[:, rows])  # (b, n, D), Eq. 4
+        queries = self.twig_norm(hidden[:, rows])  # (b, n, D): the rows are Eq. 4, norms Eq. 5
         image = self.twig_norm(hidden[:, columns])  # (b, N, D)
         return self.twig_layers[-1](queries, image, rope[:, rows], rope[:, columns])
 

@@ -7,8 +7,8 @@ Images + questions -> an RPN, distilled from the model's own attention: Algorith
 
 You can stop a run at any time; run the same command to resume. Ctrl-C loses nothing, kill -9 at
 most the last five minutes. Everything lands in out/<ckpt name>/ (--out). Boxes and answers of the
-data are not used. The numbers in train() are the lines of Alg. 1's listing (the paper's text counts
-its two halves differently).
+data are not used. The numbers in train() are the lines of Alg. 1 in arXiv's HTML, where Require and
+Ensure are lines 1 and 2 (the paper's text counts two less).
 Left out: callbacks, mixed data sets, and evaluation beyond the toy, which infer.py --eval does.
 Shapes: b samples of a group, n turns, T tokens, N = h*w image tokens, D hidden width, H heads.
 """

@@ -118,7 +118,7 @@ def draw_heat(thumb, values, letterbox, own_maximum=False):
     top, text = 1.0, "0 to 1"
     if own_maximum:
         top = values[letterbox.holds_picture()].max()
-        text = f"own maximum {top:.2g}"
+        text = f"0 to its maximum, {top:.2g}"
     levels = resample(255 * values / max(top, 1e-12), letterbox, thumb.size)
     return blend(thumb, levels, HEAT), [(swatch(range(256), 40, HEAT), text)]
 
@@ -346,8 +346,9 @@ def explain_picture(steps):
     h, w = letterbox.grid
     tokens = f"{h} x {w} image tokens, {letterbox.holds_picture().sum()} on the picture"
     first = draw_panel("1  Picture", thumb, [size_of(steps.picture), (None, tokens)], width)
-    rows = [("Teacher: its attention while it answers becomes labels.", [first, *panels[:3]]),
-            ("Student: the RPN's map says where to look again.",
+    rows = [("Training: the attention of the model's own answer becomes labels.",
+             [first, *panels[:3]]),
+            ("Answering: the RPN's map says where to look again.",
              [panels[3], *region_panels(steps, thumb, width),
               *crop_panels(CROP_TITLES[steps.mode], steps.picture, steps.crops, width)])]
     texts = {"question": steps.question, "plain answer": steps.plain}

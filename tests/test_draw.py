@@ -49,7 +49,7 @@ def test_a_map_says_its_scale_and_padding_does_not_set_it():
     heat[1, 1], heat[0, 0] = 0.0123, 1e6  # the second lies in the padding
     own, own_key = draw.draw_heat(thumb, heat, box, own_maximum=True)
     shared, shared_key = draw.draw_heat(thumb, np.full((4, 4), 0.0123), box)
-    assert own_key[0][1] == "own maximum 0.012" and array(own).max() > 240
+    assert own_key[0][1] == "0 to its maximum, 0.012" and array(own).max() > 240
     assert shared_key[0][1] == "0 to 1" and array(shared).max() < 140  # a faint map stays dark
 
 
@@ -102,7 +102,7 @@ def test_explain_shows_every_step_with_its_equation(words):
     draw.explain_picture(steps(two_stage=" "))
     for number, equation in enumerate(["", "Sec. 3.1", "Eq. 1", "Eq. 2", "Eq. 5", "Eq. 6", "Eq. 7", "Eq. 8"], 1):
         assert [text for text in words if text.startswith(f"{number}  ") and equation in text]
-    assert {"4 x 4 image tokens, 8 on the picture", "own maximum 5", "sinks: 1", "regions: 1",
+    assert {"4 x 4 image tokens, 8 on the picture", "0 to its maximum, 5", "sinks: 1", "regions: 1",
             "outlined: above tau = 0.15", "2 x 2 tokens, 2 read", "(empty answer)"} <= set(words)
 
 
@@ -147,7 +147,7 @@ def test_the_contact_sheet_scales_probabilities_from_0_to_1(words):
     maps = [(values, one.letterbox) for values in (one.raw, one.clean, one.labels, one.rpn)]
     row = dict(picture=one.picture, maps=maps, sinks=one.sinks, title="What? model's own answer: map")
     draw.contact_sheet([row] * 2, ["picture", "attention", "clean", "labels", "RPN"])
-    for text in ("own maximum 5", "own maximum 0.5", "0 to 1", "sinks: 1", "removed: 1", row["title"]):
+    for text in ("0 to its maximum, 5", "0 to its maximum, 0.5", "0 to 1", "sinks: 1", "removed: 1", row["title"]):
         assert words.count(text) == 2
 
 

@@ -91,8 +91,10 @@ def test_a_killed_run_resumes_bit_by_bit(made, tmp_path):
     with in_step(1, send("SIGKILL")):
         child = os.fork()
         if child == 0:
-            call(train, *flags)
-            os._exit(1)
+            try:
+                call(train, *flags)
+            finally:
+                os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     code, _, err = call(train, *flags)
     assert code == 0 and "resuming at step 1 of 4; 16 samples have labels" in err

