@@ -180,8 +180,9 @@ class Run:
         load(number) -> a sample, in a background thread. Where it raises BadInput, the sample is
         skipped when its step comes.
         """
-        stops = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")
-                 and signal.getsignal(each) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        stops, hangup = {signal.SIGINT, signal.SIGTERM}, getattr(signal, "SIGHUP", signal.SIGTERM)
+        if signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
+            stops.add(hangup)
         before = {each: signal.signal(each, self.ask_to_stop) for each in stops}
         self.first, self.began = self.step, time.monotonic()
         saved = self.began

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from model import load
 from sdrpn import RPN
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no test needs a GPU, and a process that has one can not be forked
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even where the tests run under nohup
 ROOT = Path(__file__).resolve().parents[1]
 ASK = ("What is this?", "Is the red cup left of 12 books?", "And who?")
 SCORES = "language_model.model.layers.1.self_attn.q_proj.weight"
@@ -123,12 +125,20 @@ def call(program, *words):
     return code, out.getvalue(), err.getvalue()
 
 
-def one_line(program, *words, says, code=2):
-    """The call ends with this code, and its last line on stderr, the only one of the program's, matches `says`."""
-    got, _, err = call(program, *words)
+def one_line(program, *words, says, code=2, room=None):
+    """The call ends with this code, and its last line on stderr, the only one of the program's, matches `says`.
+
+    room: bytes beyond which no file can grow: a full disk, to the program.
+    """
+    got, _, err = forked((in_room, room, program.__name__, words))[0] if room else call(program, *words)
     lines = [line for line in err.splitlines() if line.startswith(Path(program.__file__).name + ":")]
     assert got == code and len(lines) == 1 and err.splitlines()[-1] == lines[0] and "Traceback" not in err, (got, err)
     assert re.search(says, lines[0]) and lines[0].isprintable(), lines[0]
+
+
+def in_room(size, program, words):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    return call(sys.modules[program], *words)
 
 
 def in_rank(rank, port, program, words):
@@ -137,22 +147,22 @@ def in_rank(rank, port, program, words):
 
 
 def call_two(program, *words):
-    """call() in two copies of this process, which meet as those of torchrun do -> their two results."""
+    """call() in two processes, which meet as those of torchrun do -> their two results."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        return pool.starmap(in_rank, [(rank, port, program.__name__, words) for rank in (0, 1)])
+    return forked(*((in_rank, rank, port, program.__name__, words) for rank in (0, 1)))
 
 
-def forget_limits():
-    """In a new process: other tests may be filling a disk just now (room_for)."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+def forked(*calls):
+    """Call function(*arguments), each in a copy of this process -> their results."""
+    with multiprocessing.get_context("fork").Pool(len(calls)) as pool:
+        waiting = [pool.apply_async(function, arguments) for function, *arguments in calls]
+        return [result.get(timeout=300) for result in waiting]
 
 
 def shell(*words, folder=ROOT):
     """A real process -> its result, in bytes."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, timeout=600,
-                          preexec_fn=forget_limits)
+    return subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, timeout=600)
 
 
 # ---- what a run left
@@ -175,14 +185,3 @@ def losses(run):
 
 def everything(folder):
     return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-@contextlib.contextmanager
-def room_for(size):
-    """No file can grow beyond `size` bytes: a full disk, to the program."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from calls import forget_limits
-
 ROOT = Path(__file__).resolve().parents[1]
 FIVE = ["clip.py", "model.py", "sdrpn.py", "train.py", "infer.py"]
 PRODUCT = [ROOT / name for name in FIVE] + sorted([*ROOT.glob("backbones/**/*.py"), *ROOT.glob("data/**/*.py")])
@@ -144,8 +142,8 @@ def python(*arguments, cwd, path=None):
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     if path is not None:
         environment["PYTHONPATH"] = str(path)
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True,
-                          preexec_fn=forget_limits, text=True, timeout=120)
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True,
+                          timeout=120)
 
 
 def places(tmp_path):

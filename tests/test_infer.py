@@ -16,7 +16,7 @@ import data.draw
 import data.evaluate
 import infer
 import model
-from calls import ROOT, ask, call, call_two, everything, one_line, room_for, rows_of, write_rows
+from calls import ROOT, ask, call, call_two, everything, one_line, rows_of, write_rows
 from clip import load_image
 from data.toy.scenes import ToyQuestions
 from sdrpn import RPN, answer, explain_teacher, load_recipe
@@ -78,8 +78,8 @@ def test_save_names_the_picture_and_never_overwrites_the_input(made, tmp_path):
     before = everything(tmp_path)
     for name, says in (("x/../own.png", "input picture"), ("a.txt", "written as")):
         one_line(infer, own, "Why?", *ask(made, "--save", tmp_path / name), says=says)
-    with room_for(1000):
-        one_line(infer, own, "Why?", *ask(made, "--save", tmp_path / "full.png"), says="full.png: File too large")
+    one_line(infer, own, "Why?", *ask(made, "--save", tmp_path / "full.png"), says="full.png: File too large",
+             room=1000)
     assert everything(tmp_path) == before
     ok(own, "Why?", *ask(made, "--save", tmp_path / "new.webp"))
     assert Image.open(tmp_path / "new.webp").format == "WEBP"

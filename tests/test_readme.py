@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from calls import forget_limits
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8")
@@ -155,8 +153,7 @@ def test_toy_commands_run(tmp_path):
     shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".git", ".venv", "out", "checkpoints", "*.jsonl"))
 
     def run(*words):
-        return subprocess.run([sys.executable, *words], cwd=project, capture_output=True, text=True, timeout=300,
-                              preexec_fn=forget_limits)
+        return subprocess.run([sys.executable, *words], cwd=project, capture_output=True, text=True, timeout=300)
     command, promised = re.search(r"python (infer\.py data/toy/samples/images/\d+\.png \".*?\") +# prints: (.+)",
                                   README).groups()
     bundled = ["--ckpt", "toy", "--rpn", "data/toy/llava-toy/rpn.safetensors"]

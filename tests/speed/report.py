@@ -254,7 +254,7 @@ def training_bytes(name, batch=8, layers=None):
     From the shapes of fake tensors; nothing is computed. Libraries and the allocator's waste are not counted.
     """
     shape = skeleton(name)[0].pixels(Image.new("RGB", (SQUARE, SQUARE))).shape
-    honest = mock.patch.object(FakeTensorMode, "avoid_device_init", False)  # else it feigns a GPU, where none can fork
+    honest = mock.patch.object(FakeTensorMode, "avoid_device_init", False)  # else it feigns a GPU: no forks then
     with honest, FakeTensorMode(), Peak() as peak:
         m, rpn, recipe = skeleton(name, layers)
         B = recipe.frozen_layers
