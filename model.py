@@ -260,6 +260,7 @@ class Prefix:
     rope: torch.Tensor   # (2, P, d)
     position: int        # rotary position of the next token; not P where positions have axes
     grid: tuple          # (h, w) of the image tokens
+    picture: object = None  # whose, if sdrpn.answer() made it
 
 
 class LLaVA(nn.Module):

@@ -593,6 +593,9 @@ def answer(m, rpn, picture, question, mode="mask", tau=None, max_new_tokens=128,
     B = rpn.frozen if rpn else 0
     if prefix is None or regions is None and mode != "plain" and B not in prefix.hidden:
         prefix = m.prefill(m.pixels(picture)[None], keep=[B])
+        prefix.picture = picture
+    if prefix.picture not in (None, picture):
+        raise ValueError("prefix: belongs to another picture")
     if mode == "plain":
         return Answer(m.generate(picture, question, max_new_tokens, history, prefix), prefix=prefix)
     letterbox, cache, P, logits = Letterbox.of(m, picture), prefix.cache, prefix.columns.stop, None

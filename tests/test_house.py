@@ -136,12 +136,10 @@ def test_examples_in_docstrings(path, monkeypatch):
 
 # ---- what runs alone
 
-def python(*arguments, cwd, path=None):
+def python(*arguments, cwd):
     """Run Python as a user would, elsewhere, with nothing of this process but the environment's own packages."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSTARTUP")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    if path is not None:
-        environment["PYTHONPATH"] = str(path)
     words = [sys.executable, *map(str, arguments)]
     return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 

@@ -587,6 +587,8 @@ def test_questions_on_one_prefix_are_questions_asked_alone(load, tmp_path, decod
         (ours, ids), (reference, wanted) = decoded[-2:]
         assert ids == wanted and torch.allclose(ours, reference, rtol=0, atol=1e-9)
     hook.remove()
+    with pytest.raises(ValueError, match="another picture"):
+        answer(m, rpn, picture(9, 9, 1), "x", prefix=answer(m, rpn, shot, "x").prefix)
     monkeypatch.setattr(type(m), "tail", lambda self, ids: [ids[-1]])  # a prompt whose tail is one token
     assert m.generate(shot, "x", 8, (), prefix) == m.generate(shot, "x", 8)
 

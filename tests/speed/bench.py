@@ -312,25 +312,6 @@ class Bench:
             run.close()
             return report.training_rate(run.out)
 
-    def reference(self):
-        """Plain answers against a reference library's, around the same weights. Needs a LLaVA, and transformers."""
-        if self.m.config.model_type != "llava":
-            return
-        import bench_reference
-        model, words = bench_reference.reference(self.m), self.m.tokenizer.get_piece_size()
-        self.m.lm_head.weight[words:] = 0.0  # we never choose these ids, the library may
-        tokens = {}
-
-        def ours():
-            tokens["ours"] = [int(i) for i in self.m.generate(self.picture, QUESTION, NEW).split()]  # Words prints ids
-
-        def theirs():
-            tokens["theirs"] = bench_reference.generate(model, self.m, self.picture, QUESTION, NEW)
-        t = self.interleave(ours=ours, theirs=theirs)
-        same = sum(a == b for a, b in zip(tokens["ours"], tokens["theirs"], strict=True))
-        yield (f"plain answer: throughput / {bench_reference.VERSION}, {same} of {NEW} tokens equal",
-               t["theirs"]["all"] / t["ours"]["all"], None, " x")
-
     def run(self, part):
         """Yield a part's rows. Raises MemoryError if it can not fit."""
         needed = self.w.answer_bytes(self.T, 8 if part in ("labels", "scaling", "shares") else 1)
@@ -345,8 +326,7 @@ class Bench:
 
 
 PARTS = {"answer": Bench.answers, "prefix": Bench.prefix, "pope": Bench.pope, "peers": Bench.peers,
-         "labels": Bench.labels, "shares": Bench.shares, "training": Bench.training, "scaling": Bench.scaling,
-         "reference": Bench.reference}
+         "labels": Bench.labels, "shares": Bench.shares, "training": Bench.training, "scaling": Bench.scaling}
 
 
 def arguments(argv=None):
@@ -397,7 +377,7 @@ def measure(part, log):
         for row in part:
             log(report.line(*row))
             rows.append(row)
-    except (torch.OutOfMemoryError, MemoryError, ImportError) as e:
+    except (torch.OutOfMemoryError, MemoryError) as e:
         return rows, str(e)
     return rows, None
 

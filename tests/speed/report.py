@@ -46,10 +46,10 @@ from model import ROOT, load
 from sdrpn import RPN, answer
 
 MODELS = [  # layers if not all, parts; the small model of each family first
-    ("small", None, ["answer", "prefix", "shares", "training", "scaling", "reference"]),
+    ("small", None, ["answer", "prefix", "shares", "training", "scaling"]),
     ("deepseek-vl-1.3b", None, ["answer", "prefix", "shares"]),
     ("qwen2.5-vl-3b", None, ["answer", "prefix", "shares"]),
-    ("llava-1.5-7b", None, ["answer", "prefix", "pope", "peers", "labels", "shares", "training", "reference"]),
+    ("llava-1.5-7b", None, ["answer", "prefix", "pope", "peers", "labels", "shares", "training"]),
     ("llava-1.5-7b", 8, ["training"]),
     ("deepseek-vl-7b", None, ["answer", "prefix"]),
     ("qwen2.5-vl-7b", None, ["answer", "prefix"]),
