@@ -17,7 +17,8 @@ from calls import home  # noqa: E402, F401 (each test of a program has an out/ o
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "background: waits for other processes; takes tmp_path, and no other fixture")
+    config.addinivalue_line("markers", "background: all but files happens in other processes; takes tmp_path, and "
+                            "no other fixture")
 
 
 def pytest_collection_modifyitems(items):

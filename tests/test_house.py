@@ -188,7 +188,6 @@ print(result.text, len(result.boxes))
 """
 
 
-@pytest.mark.background
 def test_a_students_script_beside_three_copied_files(tmp_path):
     """The toy's folder, its bundled RPN, a picture: the answer, and that it looked twice."""
     from data.toy.scenes import ToyQuestions

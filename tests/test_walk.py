@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 
-from calls import ASK, ROOT, rows_of, shell, tiny
+from calls import ASK, ROOT, rows_of, shell
 from formula import picture
 
 
@@ -39,7 +39,9 @@ def test_the_walk_of_a_researcher(tmp_path):
         assert done.returncode == code and "Traceback" not in err, (words, out, err)
         return out, err
 
-    ckpt = tiny(tmp_path / "llava-mine")  # a model of one's own, without an RPN
+    ckpt = tmp_path / "llava-mine"  # a model of one's own, without an RPN
+    make = f"import conftest, pathlib, calls; calls.tiny(pathlib.Path({str(ckpt)!r}))"
+    assert shell("-c", make, folder=ROOT / "tests").returncode == 0
     (ckpt / "rpn.safetensors").unlink()
     recipe = (ckpt / "recipe.json").rename(tmp_path / "recipe.json")
     where = ["--ckpt", ckpt, "--device", "cpu", "--dtype", "float32"]
