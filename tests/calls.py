@@ -18,6 +18,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,9 +162,36 @@ def forked(*calls):
         return [result.get(timeout=300) for result in waiting]
 
 
+FORKS = """import json, os, runpy, sys, torch  # which takes the longest: once for all
+for line in sys.stdin:
+    words, folder, place = json.loads(line)
+    if os.fork() == 0:
+        os.chdir(folder)
+        for stream, name in enumerate((os.devnull, place + "/out", place + "/err")):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), stream)
+        sys.argv = words
+        if words[0] == "-c":
+            sys.path[0], code = "", words.pop(1)
+            exec(code, {"__name__": "__main__"})
+        else:
+            sys.path[0] = os.path.dirname(words[0])
+            runpy.run_path(words[0], run_name="__main__")
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+forking = threading.local()  # a process for each thread
+
+
 def shell(*words, folder=ROOT):
-    """A real process -> its result, in bytes."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, timeout=600)
+    """What `python words` does in a process of its own, forked off one that has loaded torch -> its result, as text."""
+    if not hasattr(forking, "process"):
+        forking.process = subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                           text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    with tempfile.TemporaryDirectory() as place:
+        print(json.dumps([[*map(str, words)], str(folder), place]), file=forking.process.stdin, flush=True)
+        code = int(forking.process.stdout.readline())
+        out, err = (Path(place, name).read_text() for name in ("out", "err"))
+    return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 
 
 # ---- what a run left

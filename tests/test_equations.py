@@ -1,11 +1,10 @@
 """tests/paper/walk.py, one question through every equation: it prints what its comments say."""
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from calls import shell
 
 WALK = Path(__file__).resolve().parent / "paper" / "walk.py"
 
@@ -13,8 +12,7 @@ WALK = Path(__file__).resolve().parent / "paper" / "walk.py"
 @pytest.mark.background
 def test_the_walk_prints_what_it_says(tmp_path):
     """Numbers with a point may differ by a little, as sums do on other machines; all else is equal."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, WALK], capture_output=True, text=True, env=environment, timeout=300)
+    run = shell(WALK)
     assert run.returncode == 0, run.stderr
     printed = run.stdout.splitlines()
     said = re.findall(r"^# prints: (.*)$", WALK.read_text(encoding="utf-8"), re.MULTILINE)

@@ -3,14 +3,14 @@ import ast
 import doctest
 import functools
 import importlib
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from calls import shell
 
 ROOT = Path(__file__).resolve().parents[1]
 FIVE = ["clip.py", "model.py", "sdrpn.py", "train.py", "infer.py"]
@@ -136,14 +136,6 @@ def test_examples_in_docstrings(path, monkeypatch):
 
 # ---- what runs alone
 
-def python(*arguments, cwd):
-    """Run Python as a user would, elsewhere, with nothing of this process but the environment's own packages."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSTARTUP")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    words = [sys.executable, *map(str, arguments)]
-    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
-
-
 def places(tmp_path):
     """An empty folder to copy into, and another to stand in."""
     (tmp_path / "alone").mkdir()
@@ -168,7 +160,7 @@ def test_it_runs_alone_with_its_examples(tmp_path, files):
     for name in files:
         shutil.copy(ROOT / name, folder)
     module = files[-1].removesuffix(".py")
-    run = python("-c", EXAMPLES.format(folder=str(folder), module=module), cwd=elsewhere)
+    run = shell("-c", EXAMPLES.format(folder=str(folder), module=module), folder=elsewhere)
     assert run.returncode == 0, run.stderr
     attempted, failed, *loaded = run.stdout.split()[-2 - len(files):]
     assert int(attempted) > 0 and failed == "0", run.stdout
@@ -199,7 +191,7 @@ def test_a_students_script_beside_three_copied_files(tmp_path):
     for name in ("clip.py", "model.py", "sdrpn.py"):
         shutil.copy(ROOT / name, folder)
     (folder / "ask.py").write_text(SCRIPT)
-    run = python(folder / "ask.py", TOY, "scene.png", q["question"][0], cwd=elsewhere)
+    run = shell(folder / "ask.py", TOY, "scene.png", q["question"][0], folder=elsewhere)
     assert run.returncode == 0 and run.stderr == "", run.stderr
     m = load(TOY, "cpu", "float32")
     want = answer(m, RPN.load(TOY, m), picture, q["question"][0])
@@ -212,7 +204,7 @@ def test_one_question_loads_little_of_ours(tmp_path):
     """No scoring, no training, no other family; what draws is loaded after the answer."""
     code = "import sys, infer\ninfer.main()\nprint(*(m for m in sys.modules if 'data' in m or m in ('train', 'sdrpn')))"
     shot = ROOT / "data/toy/samples/images/00007.png"
-    run = python("-c", code, shot, "What number is on the star?", "--save", "none", cwd=ROOT)
+    run = shell("-c", code, shot, "What number is on the star?", "--save", "none")
     answer, loaded = run.stdout.splitlines()
     ours = {name for name in loaded.split() if name.split(".")[0] in ("data", "train", "sdrpn")}
     assert answer and "sdrpn" in ours and "train" not in ours

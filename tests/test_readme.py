@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from calls import shell
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8")
@@ -153,11 +155,12 @@ def test_toy_commands_run(tmp_path):
     shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".git", ".venv", "out", "checkpoints", "*.jsonl"))
 
     def run(*words):
-        return subprocess.run([sys.executable, *words], cwd=project, capture_output=True, text=True, timeout=300)
+        return shell(*words, folder=project)
     command, promised = re.search(r"python (infer\.py data/toy/samples/images/\d+\.png \".*?\") +# prints: (.+)",
                                   README).groups()
     bundled = ["--ckpt", "toy", "--rpn", "data/toy/llava-toy/rpn.safetensors"]
-    shown = run("-X", "importtime", *shlex.split(command), *bundled, "--save", str(tmp_path / "a.png"))
+    shown = subprocess.run([sys.executable, "-X", "importtime", *shlex.split(command), *bundled, "--save",
+                            tmp_path / "a.png"], cwd=project, capture_output=True, text=True, timeout=300)
     assert "sdrpn" in shown.stderr and "torch._dynamo" not in shown.stderr  # the compiler takes as long as the answer
     assert shown.stdout.strip() == promised and (tmp_path / "a.png").is_file(), shown.stderr
     as_json = run(*shlex.split(command), *bundled, "--json", "--explain", "--save", str(tmp_path / "b.png"))

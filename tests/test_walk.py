@@ -35,9 +35,8 @@ def test_the_walk_of_a_researcher(tmp_path):
 
     def run(*words, code=0):
         done = shell(*words, folder=project)
-        out, err = done.stdout.decode(), done.stderr.decode()
-        assert done.returncode == code and "Traceback" not in err, (words, out, err)
-        return out, err
+        assert done.returncode == code and "Traceback" not in done.stderr, (words, done)
+        return done.stdout, done.stderr
 
     ckpt = tmp_path / "llava-mine"  # a model of one's own, without an RPN
     make = f"import conftest, pathlib, calls; calls.tiny(pathlib.Path({str(ckpt)!r}))"
