@@ -297,7 +297,7 @@ def show(args, rows, *notes):
 
 
 PLAIN, TRUE = Row("plain", "plain"), Row("true box", "true box")
-TAUS = ("the paper's tau, tuned a benchmark: 0.15 TextVQA, InfoVQA, ChartQA, POPE; 0.10 DocVQA, V*, HR-Bench; "
+TAUS = ("the paper's tau, one for each benchmark: 0.15 TextVQA, InfoVQA, ChartQA, POPE; 0.10 DocVQA, V*, HR-Bench; "
         "0.05 OCRBench")
 
 

@@ -6,8 +6,8 @@
 # The text after `# prints:` is what a cell printed here. Pictures go to out/walk/. Change something
 # and run the cell again.
 
-# %% Setup. A frozen model, its recipe, a picture and a question. The RPN will stand on the model's
-# first B layers and have R of its own.
+# %% Setup. A frozen model, its recipe, a picture and a question. The RPN takes the output of the
+# model's first B layers and adds R layers of its own.
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +62,7 @@ print(m.generate(picture, question, prefix=prefix))
 # %% Sec. 3.1, Alg. 1 lines 6-10. While it answers, the model looks at the picture. The attention of
 # the response tokens to the image tokens, averaged over a few heads, is M_RoI. Of the recipe's four
 # heads, number 0 of layers 4 and 5 points at the thing that is asked about; number 1 also parks on
-# a sink, as heads of large models do.
+# a sink, as heads of large models do. Those of layer 4 are drawn.
 for head in (0, 1):
     one = replace(recipe, attention={4: [head]})
     save_map(f"0-layer-4-head-{head}.png", teach(m, one, None, [ids], prefix=prefix).raw[0].view(grid))
@@ -89,9 +89,11 @@ save_map("2-without-sinks.png", clean.view(grid))
 # prints: c = 1.4; longest over median: 1.6; 1 sink
 # prints: attention on sinks: 41 %
 
-# %% Alg. 1 line 12, Eq. 2, pseudo-labels. Cells with at least 0.2 of the map's maximum are foreground
-# (#). Cells with at most 0.1 of it, outside the foreground's box, are background (.). The others are
-# ambiguous, and are ignored (?).
+# %% Alg. 1 line 12, Eq. 2, pseudo-labels. Cells (image tokens on their grid) with at least 0.2 of the
+# map's maximum are foreground (#). Cells with at most 0.1 of it, outside the foreground's box, are
+# background (.). The others are ignored (?): between the thresholds they are ambiguous, and inside
+# the box they may be part of the object. (The lone ? below is the toy's second sink, whose norm is
+# only 1.1 times the median.)
 labels = assign_labels(clean, grid, tau_fg=0.2, tau_bg=0.1)
 for row in labels.view(grid).tolist():
     print("".join({1: "#", 0: ".", -1: "?"}[label] for label in row))
@@ -163,7 +165,8 @@ for region in regions:
 # prints: cells (8, 3, 12, 6) pixels (448, 168, 672, 336)
 
 # %% Eq. 8, the mask. One crop around all regions is stretched to the square that the tower sees, a
-# grid of 12 x 12 again. Of its cells only those become tokens that lie under the regions' cells.
+# grid of 12 x 12 again. A cell of the crop becomes a token if more than half of it, interpolated,
+# lies in the regions.
 (crop,) = upscale(m, picture, letterbox, regions, "mask")
 cut = picture.crop(crop.box)
 shade = Image.fromarray(np.where(crop.keep, 255, 60).astype(np.uint8)).resize(cut.size)
@@ -176,9 +179,9 @@ result = answer(m, rpn, picture, question, prefix=prefix)
 print("plain:", m.generate(picture, question, prefix=prefix), "| two-stage:", result.text)
 # prints: plain: egg | two-stage: map
 
-# %% What tau does. Lower: the crop grows and is magnified less, until its region has more than 39 %
-# of all cells (MAX_AREA) and is dropped. Higher: nothing is left. Without a region the plain answer
-# stands.
+# %% What tau does. Lower: the crop grows and is magnified less, at about the same cost, and in the end
+# the model guesses again. A region of more than 39 % of all cells (MAX_AREA) is dropped. Higher:
+# nothing is left. Without a region the plain answer stands, and the second stage costs nothing.
 for tau in (0.01, 0.05, 0.25, 0.6):
     result = answer(m, rpn, picture, question, tau=tau, prefix=prefix)
     print(f"tau {tau}: {len(result.regions)} region(s), crop {result.boxes}, answer {result.text}")
