@@ -3,7 +3,7 @@
     python tests/speed/bench.py --report                                # all that this machine can measure: report.py
     python tests/speed/bench.py --random small                          # every part, some minutes on two cores
     python tests/speed/bench.py --random llava-1.5-7b --only prefix --repeat 1     # 15 GB in bfloat16
-    python tests/speed/bench.py --random llava-1.5-7b --one-layer --only prefix --repeat 1    # where bfloat16 is slow
+    python tests/speed/bench.py --random llava-1.5-7b --one-layer --dtype float32 --only prefix --repeat 1
     python tests/speed/bench.py --random qwen2.5-vl-3b --device cuda
     python tests/speed/bench.py --only memory                           # memory of training, from shapes alone
 
@@ -79,7 +79,7 @@ class Bench:
         self.args, self.device, self.filled = args, args.device, False
         self.cuda, self.tiny = self.device.type == "cuda", args.random in TINY
         self.small = self.tiny or args.random == "small"
-        self.dtype = torch.float32 if (self.small or args.one_layer) and not self.cuda else torch.bfloat16
+        self.dtype = getattr(torch, args.dtype or ("float32" if self.small and not self.cuda else "bfloat16"))
         self.m, self.rpn, self.recipe = skeleton(args.random, args.layers)
         self.w = Work(self.m, self.recipe, SQUARE, self.dtype.itemsize)
         self.grid, self.N, self.batch = self.w.grid, self.w.N, 8 if self.cuda or self.tiny else 1
@@ -336,7 +336,8 @@ def arguments(argv=None):
     add("--random", choices=CONFIGS, default="small", help="whose shapes; default: small")
     add("--layers", type=int, help="fewer decoder layers, at least 3; B and R shrink along")
     add("--one-layer", action="store_true", help="all decoder layers share the first one's weights, so that little "
-        "memory holds any depth; float32 on a CPU")
+        "memory holds any depth")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: float32 for a small model on a CPU, else bfloat16")
     add("--device", help="cpu, cuda; default: a GPU if there is one")
     add("--only", nargs="+", choices=[*PARTS, *report.ALONE], help="parts; default: all of a model")
     add("--models", nargs="+", choices=CONFIGS, help="with --report: only these")
