@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -192,6 +193,12 @@ def shell(*words, folder=ROOT):
         code = int(forking.process.stdout.readline())
         out, err = (Path(place, name).read_text() for name in ("out", "err"))
     return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+
+def copy_project(folder):
+    """The project without what is large or was made in it: .venv alone has gigabytes -> folder."""
+    skip = shutil.ignore_patterns(".*", "out", "checkpoints", "*_images", "*.jsonl", "__pycache__")
+    return shutil.copytree(ROOT, folder, ignore=skip)
 
 
 # ---- what a run left

@@ -7,14 +7,13 @@ import importlib.util
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from calls import shell
+from calls import copy_project, shell
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -151,11 +150,8 @@ def test_the_readmes_own_script_runs_on_the_toy(capsys):
 @pytest.mark.background
 def test_toy_commands_run(tmp_path):
     """The commands a newcomer types first, in real processes, with the answer the README promises."""
-    project = tmp_path / "project"  # a copy: what is trained here is not what infer.py takes elsewhere
-    shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".git", ".venv", "out", "checkpoints", "*.jsonl"))
-
-    def run(*words):
-        return shell(*words, folder=project)
+    project = copy_project(tmp_path / "project")  # what is trained here is not what infer.py takes elsewhere
+    run = functools.partial(shell, folder=project)
     command, promised = re.search(r"python (infer\.py data/toy/samples/images/\d+\.png \".*?\") +# prints: (.+)",
                                   README).groups()
     bundled = ["--ckpt", "toy", "--rpn", "data/toy/llava-toy/rpn.safetensors"]

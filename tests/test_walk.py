@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 
-from calls import ASK, ROOT, rows_of, shell
+from calls import ASK, ROOT, copy_project, rows_of, shell
 from formula import picture
 
 
@@ -30,8 +30,7 @@ def training_file(folder, count=20):
 
 @pytest.mark.background
 def test_the_walk_of_a_researcher(tmp_path):
-    skip = shutil.ignore_patterns(".*", "out", "checkpoints", "*_images", "__pycache__")  # .venv alone has gigabytes
-    project = shutil.copytree(ROOT, tmp_path / "project", ignore=skip)
+    project = copy_project(tmp_path / "project")
 
     def run(*words, code=0):
         done = shell(*words, folder=project)
